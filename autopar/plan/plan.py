@@ -1,0 +1,141 @@
+"""The decision, as data: which mesh, which stages, which placements. No solver and no torch in here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Recompute = Literal["none", "selective", "full"]
+VERSION = "1"
+
+
+class Frozen(BaseModel):
+    """Immutable data; unknown keys are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MeshShape(Frozen):
+    """Degree of every axis, outermost (slowest links) first."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+
+class Seconds(Frozen):
+    """Seconds of one micro-batch through one stage."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+class Stage(Frozen):
+    """One virtual stage: the block calls ``blocks[0] … blocks[1]`` (inclusive; ``[0, -1]`` when there are none)."""
+
+    blocks: tuple[int, int]
+    recompute: tuple[Recompute, ...] = ()  # one entry for each block call of the stage
+    peak_bytes: int = 0
+    seconds: Seconds = Seconds()
+
+
+class Choice(Frozen):
+    """The strategy of one node: placements in the text form of `autopar.sharding.placement`."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    special: str = ""
+
+
+class Plan(Frozen):
+    """Everything that lowering and the runtime need to know beside the program itself."""
+
+    mesh: MeshShape = MeshShape()
+    zero: Literal[0, 1, 2, 3] = 0
+    microbatch: int = 1  # sequences per replica per micro-batch
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    sequence_parallel: bool = False
+    stages: tuple[Stage, ...]  # pp × virtual_stages entries, in the order of the blocks; stage i runs on pp rank i % pp
+    choices: dict[str, dict[str, Choice]] = {}  # graph name ("program" or a block's) → node name → choice along tp
+    placements: dict[str, str] = {}  # parameter → "S(0)@tp" or "R"
+    unsplit: tuple[str, ...] = ()  # operators without a rule, replicated along tp
+
+
+class Bytes(Frozen):
+    """Bytes on the fullest device at its peak; they add up to the peak."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    transient: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+
+class Cost(Frozen):
+    """The ledger of the slowest device: compute + exposed communication + bubble + optimizer = step."""
+
+    step_seconds: float
+    compute_seconds: float
+    exposed_communication_seconds: float
+    bubble_seconds: float
+    optimizer_seconds: float
+    tokens_per_second: float
+    mfu: float
+    peak_bytes: int
+    bytes: Bytes
+
+
+class ModelFacts(Frozen):
+    """What the plan is for. ``flops_per_token``: the model's own forward and backward work, no recompute."""
+
+    parameters: int
+    trainable_parameters: int
+    flops_per_token: float
+
+
+class Search(Frozen):
+    """How the plan was found, and how far from the best it can be at most."""
+
+    seconds: float
+    trace_seconds: float
+    status: str
+    objective: float
+    bound: float
+    gap: float
+    candidates: int
+
+
+class RunnerUp(Frozen):
+    """Another plan that was weighed."""
+
+    summary: str
+    mesh: MeshShape
+    zero: int
+    microbatch: int
+    schedule: str
+    step_seconds: float
+    peak_bytes: int
+
+
+class PlanDocument(Frozen):
+    """The JSON of a plan: `autopar plan --json` and `plan.json` in a build folder."""
+
+    model: ModelFacts
+    plan: Plan
+    cost: Cost
+    search: Search
+    runners_up: tuple[RunnerUp, ...] = ()
+    binding: tuple[str, ...] = ()
+    version: str = VERSION
