@@ -1,0 +1,102 @@
+"""A Program: a traced graph, folded into its repeated blocks, and the parameters it reads. See docs/interfaces.md."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+OUTER = "program"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer the program reads. ``alias_of``: the first name of the tensor it is tied to."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool = True
+    alias_of: str | None = None
+    role: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass
+class Program:
+    """One micro-batch of one replica: inputs to ``(loss_sum, count)``.
+
+    ``tensors`` holds what the traced module held (real, fake or meta tensors) by original name, constants included;
+    ``sizes`` the example's value of every symbol; ``respecialize`` makes the static program at other sizes.
+    """
+
+    graph: fx.Graph
+    blocks: dict[str, fx.Graph]
+    parameters: dict[str, Parameter]
+    buffers: dict[str, Parameter]
+    tensors: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
+    sizes: dict[str, int]
+    history: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    respecialize: Callable[[Program, dict[str, int]], Program] | None = None
+
+    def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
+        yield OUTER, self.graph
+        yield from self.blocks.items()
+
+    def calls(self) -> list[fx.Node]:
+        """The block calls, in order: block call i of a plan's stages is ``calls()[i]``."""
+        return [n for n in self.graph.nodes if n.op == "call_module"]
+
+    def clone(self) -> Program:
+        """A deep copy of the graphs; tensors are shared."""
+        return replace(
+            self,
+            graph=copy_graph(self.graph),
+            blocks={k: copy_graph(g) for k, g in self.blocks.items()},
+            parameters=dict(self.parameters),
+            buffers=dict(self.buffers),
+            tensors=dict(self.tensors),
+            inputs=dict(self.inputs),
+            history=list(self.history),
+            roles=dict(self.roles),
+        )
+
+    def at(self, *, batch: int | None = None, length: int | None = None) -> Program:
+        """The static program for ``batch`` sequences of ``length`` (default: the example's)."""
+        from autopar.ir.specialize import specialize
+
+        return specialize(self, batch=batch, length=length)
+
+    def module(self) -> torch.nn.Module:
+        """A runnable module: called with the batch as the model is, returns ``(loss_sum, count)``, differentiable."""
+        from autopar.ir.module import ProgramModule
+
+        return ProgramModule(self)
+
+    def __str__(self) -> str:
+        from autopar.ir.text import text
+
+        return text(self)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A structural copy with its own meta dicts."""
+    new, env = fx.Graph(), {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].name = node.name
+        env[node].meta = copy.copy(node.meta)
+    return new
