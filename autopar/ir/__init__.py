@@ -1,1 +1,1 @@
-"""TODO"""
+"""What is compiled: programs, how they are traced, shown, checked and rewritten."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,11 +94,20 @@ class Program:
         return text(self)
 
 
+@contextlib.contextmanager
+def symbolic_sizes() -> Iterator[None]:
+    """While building graphs whose arguments hold symbolic sizes: fx warns about them, for tracers that mean otherwise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Raw Sym")
+        yield
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A structural copy with its own meta dicts."""
     new, env = fx.Graph(), {}
-    for node in graph.nodes:
-        env[node] = new.node_copy(node, lambda n: env[n])
-        env[node].name = node.name
-        env[node].meta = copy.copy(node.meta)
+    with symbolic_sizes():
+        for node in graph.nodes:
+            env[node] = new.node_copy(node, lambda n: env[n])
+            env[node].name = node.name
+            env[node].meta = copy.copy(node.meta)
     return new
