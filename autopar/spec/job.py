@@ -1,0 +1,142 @@
+"""A job: the spec that names all others."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import field_validator, model_validator
+
+from autopar.spec.base import Count, Flag, Fraction, NonNegative, Positive, Spec, Texts, Whole
+from autopar.spec.cluster import ClusterSpec, read_cluster
+from autopar.spec.origin import ModelOrigin, read_origin
+from autopar.spec.source import Source
+
+Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
+Beta = Fraction
+
+
+class Batch(Spec):
+    """One optimizer step over the whole cluster: ``sequences`` of ``length`` tokens each."""
+
+    sequences: Count
+    length: Count
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+class Optimizer(Spec):
+    """torch's AdamW or SGD. ``state``: the dtype of its moments. ``warmup``: steps before the schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: NonNegative = 1e-4
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.0
+    state: Literal["float32", "bfloat16", "float64"] = "float32"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Whole = 0
+    final: Fraction = 0.0  # the share of lr that linear and cosine end at
+
+    @model_validator(mode="after")
+    def _own_options(self) -> Optimizer:
+        foreign = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}}[self.name] & self.model_fields_set
+        changed = sorted(f for f in foreign if getattr(self, f) != type(self).model_fields[f].default)
+        if changed:
+            raise ValueError(f"'{self.name}' has no {' and no '.join(changed)}")
+        return self
+
+
+class Train(Spec):
+    """The run. ``clip``: the largest global gradient norm. ``checkpoint_every``: steps; 0 is never."""
+
+    steps: Count = 100
+    clip: Positive | None = None
+    seed: Whole = 0
+    checkpoint_every: Whole = 0
+
+
+class Data(Spec):
+    """Training text: files or globs, and the tokenizer (``bytes``, or a tokenizer's folder or file)."""
+
+    text: Texts = ()
+    tokenizer: str = "bytes"
+
+
+class Pins(Spec):
+    """Decisions fixed by hand; None leaves one to the solver. ``microbatch``: sequences per replica per micro-batch."""
+
+    tp: Count | None = None
+    pp: Count | None = None
+    dp: Count | None = None
+    cp: Count | None = None
+    zero: Literal[0, 1, 2, 3] | None = None
+    microbatch: Count | None = None
+    schedule: Schedule | None = None
+    virtual_stages: Count | None = None
+    sequence_parallel: Flag | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
+
+
+class Search(Spec):
+    """How long to search, and the share of each device's memory that a plan leaves free."""
+
+    seconds: Positive = 60.0
+    memory_margin: Fraction = 0.05
+
+
+class Job(Spec):
+    """All that `autopar` is asked to do. In Python every field is optional; a file names model, cluster and batch."""
+
+    name: str = ""
+    model: ModelOrigin | None = None
+    cluster: ClusterSpec | None = None
+    batch: Batch | None = None
+    passes: tuple[dict[str, dict[str, Any]], ...] = ()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    data: Data = Data()
+    pins: Pins = Pins()
+    search: Search = Search()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, ModelOrigin) else read_origin(Source(value, "model"))
+
+    @field_validator("cluster", mode="before")
+    @classmethod
+    def _cluster(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, ClusterSpec) else read_cluster(Source(value, "cluster"))
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _passes(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"must be a list such as [{{lora: {{rank: 8}}}}, flash_attention], not {value!r}"[:160])
+        return tuple(_entry(item) for item in value)
+
+    @field_validator("optimizer", "train", "data", "pins", "search", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    def dump(self) -> str:
+        """The job as YAML text that reads back equal, with the cluster written out in SI units."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        kept = {key: value for key, value in data.items() if value not in ("", {}, [])}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _entry(item: Any) -> Any:
+    """``{lora: {rank: 8}}``, ``{flash_attention: {}}`` or just ``flash_attention``."""
+    if isinstance(item, str):
+        return {item: {}}
+    if not isinstance(item, dict) or len(item) != 1:
+        found = f"{len(item)} keys ({', '.join(map(str, item))})" if isinstance(item, dict) else repr(item)
+        raise ValueError(f"must hold one pass in each entry, such as 'lora: {{rank: 8}}'; one entry has {found}"[:200])
+    name, options = next(iter(item.items()))
+    return {name: {} if options is None else options}

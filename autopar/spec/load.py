@@ -1,0 +1,132 @@
+"""Reading a job: a file or a name, changed by ``--set key.path=value``."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import SpecError, suggestion
+from autopar.spec import library, source
+from autopar.spec.base import build
+from autopar.spec.cluster import read_cluster
+from autopar.spec.job import Job
+from autopar.spec.origin import read_origin
+from autopar.spec.source import Source
+
+REQUIRED = ("model", "cluster", "batch")
+
+
+def load_job(path_or_name: str | Path, sets: Iterable[str] = ()) -> Job:
+    """The job of a file, or of a name in `jobs/`, with every ``key.path=value`` of ``sets`` applied in order.
+
+    Raises SpecError with ``file:line``, or the ``--set`` at fault, in the message.
+    """
+    path = job_path(path_or_name)
+    return parse_job(source.read(path), sets, folder=path.parent)
+
+
+def job_path(path_or_name: str | Path) -> Path:
+    """The file of a job given by path or by name."""
+    text, path = str(path_or_name), Path(path_or_name)
+    named = library.lookup("jobs", text)
+    if path.is_dir() and named is None:
+        raise SpecError(f"{text} is a folder (directory); a job is a YAML file, or a name in specs/jobs")
+    if path.exists() or "/" in text or path.suffix in (".yaml", ".yml", ".json"):
+        if not path.exists():
+            raise SpecError(f"{text}: no such file{suggestion(path.stem, library.names('jobs'))}")
+        return path
+    return named or library.find("jobs", text)
+
+
+def parse_job(job: Source, sets: Iterable[str] = (), folder: Path | None = None) -> Job:
+    """The job of a source. ``folder``: where relative paths in it are looked for if the current folder lacks them."""
+    if job.data is None:
+        raise job.error(f"the job is empty; it needs at least {', '.join(REQUIRED)}")
+    if not isinstance(job.data, dict):
+        kind = "list" if isinstance(job.data, list) else "single value"
+        raise job.error(f"a job must be a mapping with keys such as {', '.join(REQUIRED)}; this is a {kind}")
+    for text in sets:
+        assign(job, text)
+    missing = [key for key in REQUIRED if job.data.get(key) is None]
+    unknown = [key for key in job.data if key not in Job.model_fields]
+    if not unknown and missing:
+        also = f", {' and '.join(missing[1:])} too" if missing[1:] else ""
+        raise SpecError(f"{job.label}: the key '{missing[0]}' is missing in the job{also}")
+    data = dict(job.data)
+    if not unknown:
+        data["model"] = _located(read_origin(job.sub("model")), folder)
+        data["cluster"] = read_cluster(job.sub("cluster"))
+    built = build(Job, Source(data, job.label, job.marks), "the job")
+    return built.model_copy(update={"data": _data_found(built, folder)})
+
+
+def assign(job: Source, text: str) -> None:
+    """Apply one ``key.path=value``; the value is YAML. A name on the way becomes ``{name: …}``."""
+    label = f"--set {text}"
+    path, equals, written = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError(f"{label}: must be key.path=value, such as batch.length=4096")
+    here: Any = job.data
+    for depth, key in enumerate(keys[:-1]):
+        here = _step(here, key, keys[:depth], label)
+    last = _index(here, keys[-1], label) if isinstance(here, list) else keys[-1]
+    if not isinstance(here, (dict, list)):
+        raise SpecError(f"{label}: '{'.'.join(keys[:-1])}' is {here!r} and has no key '{keys[-1]}'")
+    here[last] = source.value(written, label)
+    whole = tuple(int(key) if key.isdigit() and ("passes" in keys or "links" in keys) else key for key in keys)
+    for mark in [m for m in job.marks if m[: len(whole)] == whole]:
+        del job.marks[mark]
+    job.marks[whole] = label
+
+
+def _step(here: Any, key: str, before: list[str], label: str) -> Any:
+    """The container under ``key``, made where it is not there yet."""
+    if isinstance(here, list):
+        return here[_index(here, key, label)]
+    if not isinstance(here, dict):
+        raise SpecError(f"{label}: '{'.'.join(before)}' is {here!r} and has no key '{key}'")
+    if not before and key not in here and key not in Job.model_fields:
+        near = suggestion(key, Job.model_fields) or f" (keys there: {', '.join(Job.model_fields)})"
+        raise SpecError(f"{label}: unknown key '{key}' in the job{near}")
+    if here.get(key) is None:
+        here[key] = {}
+    elif isinstance(here[key], str) and key in ("cluster", "model"):
+        here[key] = {"name": here[key]}
+    return here[key]
+
+
+def _index(here: list[Any], key: str, label: str) -> int:
+    if key.isdigit() and int(key) < len(here):
+        return int(key)
+    named = [i for i, item in enumerate(here) if isinstance(item, dict) and key in item]
+    raise SpecError(
+        f"{label}: this is a list of {len(here)} entries; write a number from 0"
+        + (f" (here: {named[0]}.{key})" if named else f" to {len(here) - 1}, not '{key}'")
+    )
+
+
+def _located(origin: Any, folder: Path | None) -> Any:
+    """A checkpoint's folder that is found beside the job file, by its full path."""
+    if origin.hf is None or Path(origin.hf).expanduser().is_absolute():
+        return origin
+    for base in (Path.cwd(), *([folder] if folder else [])):
+        if (base / origin.hf / "config.json").is_file():
+            return origin.model_copy(update={"hf": str((base / origin.hf).resolve())})
+    return origin
+
+
+def _data_found(job: Job, folder: Path | None) -> Any:
+    """Relative patterns that match something, by their full path: from here first, then from the job's folder."""
+    found = []
+    for pattern in job.data.text:
+        bases = [Path.cwd(), *([folder.resolve()] if folder else [])]
+        matching = [base for base in bases if not Path(pattern).is_absolute() and _matches(base / pattern)]
+        found.append(str(matching[0] / pattern) if matching else pattern)
+    return job.data.model_copy(update={"text": tuple(found)})
+
+
+def _matches(pattern: Path) -> bool:
+    return next(glob.iglob(str(pattern), recursive=True), None) is not None
