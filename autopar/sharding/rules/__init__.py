@@ -1,1 +1,1 @@
-"""TODO"""
+"""One file per kind of operator; presence is registration. See `autopar.sharding.rule`."""
