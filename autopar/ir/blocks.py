@@ -143,7 +143,8 @@ def arguments_first(segment: Segment, inside: set[fx.Node]) -> list[fx.Node]:
 
 
 def placeholder(graph: fx.Graph, label: str, node: fx.Node, kind: str, name: str) -> fx.Node:
-    new = graph.placeholder(label.replace(".", "_"))
+    label = label.replace(".", "_")
+    new = graph.placeholder(label if label.isidentifier() else f"p_{label}")
     new.meta.update(val=node.meta["val"], kind=kind, name=name, path="")
     if "constant" in node.meta:
         new.meta["constant"] = node.meta["constant"]

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
 
 from autopar.errors import TraceError
 from autopar.ir import markers
@@ -168,8 +169,7 @@ def traced_block(capture: Capture, instance: Instance, module: nn.Module, origin
         capture.calls.append((call, instance.path))
         inline = capture.full or instance.index in (0, 1, instance.count - 1) or short not in markers.RECORDED
         if not inline:
-            outputs = torch.ops.autopar.block(tensors, call_key(call, short))
-            return pytree.tree_unflatten(list(outputs), OUT_SPECS[short]) if outputs is not None else None
+            return rebuilt(torch.ops.autopar.block(tensors, call_key(call, short)), *OUT_SPECS[short])
         entered = iter(torch.ops.autopar.enter(tensors, call))
         flat = [next(entered) if isinstance(v, torch.Tensor) else v for v in flat]
         args, kwargs = pytree.tree_unflatten(flat, spec)
@@ -178,14 +178,21 @@ def traced_block(capture: Capture, instance: Instance, module: nn.Module, origin
             result = original(*args, **kwargs)
         finally:
             capture.inside = False
-        out, out_spec = pytree.tree_flatten(result)
-        if not all(isinstance(o, torch.Tensor) for o in out):
-            raise UnfoldableError(instance.path)
+        leaves, out_spec = pytree.tree_flatten(result)
+        if not all(isinstance(o, (torch.Tensor, *PLAIN)) for o in leaves):
+            raise UnfoldableError(f"{instance.path} returns a {type(result).__name__} with a state of its own")
+        out = [o for o in leaves if isinstance(o, torch.Tensor)]
         markers.RECORDED[short] = Outputs(tuple(out), tuple(o.requires_grad for o in out))
-        OUT_SPECS[short] = out_spec
-        return pytree.tree_unflatten(list(torch.ops.autopar.leave(out, call)), out_spec)
+        OUT_SPECS[short] = [Slot(0) if isinstance(o, torch.Tensor) else o for o in leaves], out_spec
+        return rebuilt(torch.ops.autopar.leave(out, call), *OUT_SPECS[short])
 
     return forward
+
+
+def rebuilt(tensors: list[torch.Tensor], leaves: list[Any], spec: Any) -> Any:
+    """A block's result as its caller wants it: tensors put into their places among plain values."""
+    given = iter(tensors)
+    return pytree.tree_unflatten([next(given) if isinstance(v, Slot) else v for v in leaves], spec)
 
 
 def tensor_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -202,7 +209,7 @@ def tensor_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class UnfoldableError(Exception):
-    """A block returned something that is no tensor: trace without folding."""
+    """A block returned an object that is neither tensor nor plain value: trace without folding."""
 
 
 OUT_SPECS: dict[str, Any] = {}
@@ -285,13 +292,41 @@ def watching(root: nn.Module, *, fold: bool, full: bool) -> Iterator[Capture]:
                 module.forward = traced_block(capture, instance, module, module.forward)
                 patched.append(module)
         torch.autograd.Function.apply = traced_function(capture, original)  # type: ignore[method-assign]
-        yield capture
+        with Literals():
+            yield capture
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
         for module in patched:
             del module.forward
         markers.RECORDED.clear()
         OUT_SPECS.clear()
+
+
+class Literals(TorchFunctionMode):
+    """Keeps the values of literals that a model on the meta device would lose: `torch.tensor(3.0)`, `x[:, [0, 2]]`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor:
+            return literal(func, *args, **kwargs)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(torch.tensor(i, device="cpu") if plain_list(i) else i for i in index), *args[2:])
+        return func(*args, **kwargs)
+
+
+def plain_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, (int, bool)) for v in value)
+
+
+def literal(make: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    device = torch.device(kwargs.get("device") or torch.get_default_device())
+    if device.type != "meta" or not isinstance(data, (int, float, bool, list, tuple)):
+        return make(data, *args, **kwargs)
+    value = make(data, *args, **{**kwargs, "device": "cpu"})
+    if value.dim() == 0:
+        return torch.full((), data, dtype=value.dtype, device=device)
+    return value.to(device)
 
 
 @contextlib.contextmanager

@@ -221,8 +221,9 @@ def label(
         if kind == "constant":
             value = exported.constants[spec.target]
             value = originals.get(id(value), value)
+            name = f"constant_{sum(n.startswith('constant_') for n in tensors)}"
             tensors[name] = value
-            node.meta["constant"] = constant_text(value)
+            node.meta.update(constant=constant_text(value), name=name)
     for node in ordered:
         if node.meta["kind"] == "input" and not isinstance(node.meta["val"], torch.Tensor):
             node.meta["kind"] = "plain"
@@ -232,11 +233,14 @@ def label(
 
 
 def merge_aliases(graph: fx.Graph, tensors: dict[str, torch.Tensor]) -> None:
-    """Tied tensors are read through one placeholder: their first name's."""
-    first: dict[int, fx.Node] = {}
+    """Tied tensors are read through one placeholder: their first name's. So are constants of equal value."""
+    first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer"):
-            kept = first.setdefault(id(tensors[node.meta["name"]]), node)
+        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer", "constant"):
+            tensor = tensors[node.meta["name"]]
+            equal = node.meta["kind"] == "constant" and not tensor.is_meta
+            key = (tensor.dtype, tuple(tensor.shape), constant_text(tensor)) if equal else id(tensor)
+            kept = first.setdefault(key, node)
             if kept is not node:
                 node.replace_all_uses_with(kept)
                 graph.erase_node(node)

@@ -1,0 +1,149 @@
+"""canonicalize: remove what export leaves behind, and bring spellings of one operation together."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from autopar.ir.causal import causal_masks
+from autopar.ir.program import Program
+from autopar.ir.rewrite import Numerics, Pass
+from autopar.ir.shapes import infer, same_shape
+
+aten = torch.ops.aten
+
+ALWAYS = {aten.alias.default, aten.lift_fresh_copy.default, aten.lift.default}
+UNLESS_CHANGED = {  # no-ops where shape and dtype stay what they were
+    aten.slice.Tensor,
+    aten.expand.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.type_as.default,
+}
+TRANSPOSES = {aten.t.default, aten.numpy_T.default}
+
+
+class Canonicalize(Pass):
+    """Runs before every other pass. Its result computes the same bits."""
+
+    name: ClassVar[str] = "canonicalize"
+    numerics: ClassVar[Numerics] = Numerics.CLOSE
+
+    def rewrite(self, program: Program) -> None:
+        for _, graph in program.graphs():
+            for node in list(graph.nodes):
+                if node.op == "call_function":
+                    simplify(graph, node)
+            clean(graph)
+        causal_masks(program)
+        drop_unused_arguments(program)
+        for _, graph in program.graphs():
+            clean(graph)
+
+
+def simplify(graph: fx.Graph, node: fx.Node) -> None:
+    if does_nothing(node):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+    elif node.target in (aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default  # a view only where the traced strides allowed it; reshape is one where it can
+    elif node.target is aten.matmul.default:
+        linear_from_matmul(graph, node)
+    elif node.target is aten.addmm.default and not node.kwargs:
+        linear_from_addmm(graph, node)
+
+
+def does_nothing(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(node.meta["val"], torch.Tensor):
+        return False
+    if node.target in ALWAYS:
+        return True
+    if node.target in (aten.detach.default, aten.detach_.default):
+        return not source.meta["requires_grad"]
+    if node.target is aten.dropout.default:
+        return node.args[1] == 0 or node.args[2] is False
+    if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
+        return False
+    if node.target is aten.contiguous.default:
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    return node.target in UNLESS_CHANGED and same_shape(before, after) and before.dtype == after.dtype
+
+
+def transposed(node: Any) -> fx.Node | None:
+    """W where the node is the transpose of a matrix W."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.meta["val"].dim() != 2:
+        return None
+    swaps = node.target in (aten.transpose.int,) and {a % 2 for a in node.args[1:]} == {0, 1}  # type: ignore[operator]
+    permutes = node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    return node.args[0] if node.target in TRANSPOSES or swaps or permutes else None  # type: ignore[return-value]
+
+
+def linear_from_matmul(graph: fx.Graph, node: fx.Node) -> None:
+    """``matmul(x, W.T)`` is ``linear(x, W)``."""
+    weight = transposed(node.args[1])
+    if weight is not None and node.args[0].meta["val"].dim() >= 2:  # type: ignore[union-attr]
+        node.target, node.args = aten.linear.default, (node.args[0], weight)
+
+
+def linear_from_addmm(graph: fx.Graph, node: fx.Node) -> None:
+    """``addmm(bias, x, W)`` is ``linear(x, W.T, bias)``; flattening x around it is undone."""
+    bias, x, weight = node.args
+    if not all(isinstance(a, fx.Node) for a in node.args) or bias.meta["val"].dim() != 1:  # type: ignore[union-attr]
+        return
+    with graph.inserting_before(node):
+        inner = transposed(weight)
+        if inner is None:
+            inner = graph.call_function(aten.t.default, (weight,))
+            inner.meta = {"path": node.meta["path"], "requires_grad": weight.meta["requires_grad"]}  # type: ignore[union-attr]
+            infer(inner)
+        source, after = unflattened(x, node)  # type: ignore[arg-type]
+        new = graph.call_function(aten.linear.default, (source, inner, bias))
+        new.meta = {"path": node.meta["path"], "requires_grad": node.meta["requires_grad"]}
+        infer(new)
+    after.replace_all_uses_with(new)
+    if after is not node:
+        graph.erase_node(after)
+    graph.erase_node(node)
+
+
+def unflattened(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The many-dimensional source of x and the reshape after ``node``, where a linear on it says the same."""
+    reshapes = (aten.view.default, aten.reshape.default)
+    users = list(node.users)
+    if x.target in reshapes and len(users) == 1 and users[0].target in reshapes:
+        source: fx.Node = x.args[0]  # type: ignore[assignment]
+        lead, final = list(source.meta["val"].shape[:-1]), list(users[0].meta["val"].shape[:-1])
+        kept = str(source.meta["val"].shape[-1]) == str(x.meta["val"].shape[-1])
+        wide = str(users[0].meta["val"].shape[-1]) == str(node.meta["val"].shape[-1])
+        if kept and wide and [str(s) for s in lead] == [str(s) for s in final]:
+            return source, users[0]
+    return x, node
+
+
+def drop_unused_arguments(program: Program) -> None:
+    """Block placeholders that nobody reads any more, and the arguments of their calls."""
+    for name, graph in program.blocks.items():
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        dead = {i for i, n in enumerate(places) if not n.users}
+        for call in program.calls():
+            if call.target == name:
+                call.args = tuple(a for i, a in enumerate(call.args) if i not in dead)
+        for i in dead:
+            graph.erase_node(places[i])
+
+
+def clean(graph: fx.Graph) -> None:
+    from autopar.ir.importer import is_impure
+
+    graph.eliminate_dead_code(lambda n: (is_impure(n) and n.op != "placeholder") or n.meta.get("kind") == "input")
