@@ -107,7 +107,14 @@ class ClusterSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: Any) -> Any:
-        return {key: value for key, value in handler(self).items() if value not in (None, ())}
+        return {key: value for key, value in handler(self).items() if value not in (None, (), [])}
+
+    @property
+    def devices(self) -> int:
+        """How many devices there are."""
+        if self.groups:
+            return sum(group.devices_per_host * group.hosts for group in self.groups)
+        return self.hosts * (self.devices_per_host or 1)
 
 
 def check_links(links: tuple[LinkSpec, ...], per_host: int, hosts: int) -> None:

@@ -1,0 +1,91 @@
+"""A plan as a few lines of text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from autopar.plan.plan import Cost, Plan, PlanDocument, RunnerUp, Stage
+from autopar.spec.quantity import show_bytes, show_seconds
+
+
+def summary(document: PlanDocument, title: str = "") -> str:
+    """What was decided, what it costs, and how sure the search is."""
+    parts = [_model(document, title), _decision(document.plan), _cost(document.cost), _search(document)]
+    lines = [line for part in parts for line in part]
+    lines += [f"binding        {text}" for text in document.binding]
+    lines += list(_stages(document.plan))
+    if document.plan.unsplit:
+        lines.append(f"not split      {', '.join(document.plan.unsplit)}")
+    lines += [_runner_up(i, other, document.cost) for i, other in enumerate(document.runners_up[:5], 1)]
+    return "\n".join(lines)
+
+
+def _model(document: PlanDocument, title: str) -> list[str]:
+    model = document.model
+    frozen = model.parameters - model.trainable_parameters
+    share = f", {model.trainable_parameters:,} of them trainable" if frozen else ""
+    flops = f"{model.flops_per_token / 1e9:,.2f} GFLOPs a token"
+    return [f"model          {title + ': ' if title else ''}{model.parameters:,} parameters{share}, {flops}"]
+
+
+def _decision(plan: Plan) -> list[str]:
+    mesh = plan.mesh
+    degrees = " · ".join(f"{axis} {degree}" for axis, degree in mesh.model_dump().items())
+    sequence = ", sequence parallel" if plan.sequence_parallel else ""
+    virtual = f", {plan.virtual_stages} virtual stages a rank" if plan.virtual_stages > 1 else ""
+    return [
+        f"mesh           {degrees} = {mesh.devices} devices; ZeRO {plan.zero}{sequence}",
+        f"schedule       {plan.schedule}{virtual}; {plan.microbatches} micro-batches of {plan.microbatch} a replica",
+    ]
+
+
+def _cost(cost: Cost) -> list[str]:
+    ledger = {
+        "compute": cost.compute_seconds,
+        "exposed communication": cost.exposed_communication_seconds,
+        "bubble": cost.bubble_seconds,
+        "optimizer": cost.optimizer_seconds,
+    }
+    times = " + ".join(f"{name} {show_seconds(value)}" for name, value in ledger.items() if value)
+    held = {name: value for name, value in cost.bytes.model_dump().items() if value}
+    memory = " + ".join(f"{name} {show_bytes(value)}" for name, value in held.items())
+    return [
+        f"step           {show_seconds(cost.step_seconds)} = {times}",
+        f"throughput     {cost.tokens_per_second:,.0f} tokens/s, MFU {cost.mfu:.1%}",
+        f"memory         {show_bytes(cost.peak_bytes)} on the fullest device = {memory}",
+    ]
+
+
+def _search(document: PlanDocument) -> list[str]:
+    search = document.search
+    proof = f"{search.status}, gap {search.gap:.2%} (bound {show_seconds(search.bound)})"
+    time = f"{show_seconds(search.seconds)}; traced in {show_seconds(search.trace_seconds)}"
+    return [f"search         {proof}, {search.candidates:,} candidates in {time}"]
+
+
+def _stages(plan: Plan) -> Iterator[str]:
+    """Stages that are alike share a line."""
+    numbered = list(enumerate(plan.stages))
+    for _, run in groupby(numbered, key=lambda item: _alike(item[1])):
+        group = list(run)
+        (first, a), (last, b) = group[0], group[-1]
+        name = f"stage {first}" if first == last else f"stages {first}–{last}"
+        blocks = f"blocks {a.blocks[0]}–{b.blocks[1]}" if b.blocks[1] >= a.blocks[0] else "no block"
+        each = "" if first == last else " each"
+        times = f"forward {show_seconds(a.seconds.forward)}, backward {show_seconds(a.seconds.backward)}"
+        yield f"{name:<14} {blocks}, {_recompute(a)}{each}; {times}, {show_bytes(a.peak_bytes)}"
+
+
+def _alike(stage: Stage) -> tuple[object, ...]:
+    return (stage.blocks[1] - stage.blocks[0], _recompute(stage), show_bytes(stage.peak_bytes), stage.seconds)
+
+
+def _recompute(stage: Stage) -> str:
+    counts = {kind: stage.recompute.count(kind) for kind in ("selective", "full") if kind in stage.recompute}
+    return "recompute " + (", ".join(f"{kind} in {count}" for kind, count in counts.items()) or "none")
+
+
+def _runner_up(place: int, other: RunnerUp, best: Cost) -> str:
+    slower = other.step_seconds / best.step_seconds - 1 if best.step_seconds else 0.0
+    return f"runner-up {place:<4} {other.summary}: {show_seconds(other.step_seconds)} ({slower:+.1%})"
