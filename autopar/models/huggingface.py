@@ -1,0 +1,143 @@
+"""Models of Hugging Face's transformers, by type and config or from a local checkpoint. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.errors import AutoparError, CheckpointError, SpecError, suggestion
+
+EXPERTS = "batched_mm"
+"""How mixtures of experts run: `eager` cannot be traced, `grouped_mm` refuses float64; this one is exact in both."""
+LEGACY = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "dtype", "num_labels", "id2label", "label2id"})
+"""Options that transformers still reads although no config lists them."""
+MISSPELLED = 0.85
+"""Likeness (difflib's ratio) from which an unknown option is a misspelling, not a harmless extra of an old config.json."""
+
+
+def build_huggingface(
+    name: str, config: Mapping[str, Any] | None, *, meta: bool, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model of a type and its config (weights initialized), or of a checkpoint: a folder or a GGUF file (weights read).
+
+    The class is a causal language model, sequence-to-sequence, masked language model or image classifier, whichever
+    transformers has for the config, else the plain model; a checkpoint's config may name its own.
+    """
+    made = read_config(name, config)
+    options = {} if dtype is None else {"dtype": dtype}
+    if config is None and not meta:
+        return _pretrained(name, made, options)
+    with _explained(f"the config of '{name}'", config), torch.device("meta") if meta else contextlib.nullcontext():
+        return _model_class(made)._from_config(made, experts_implementation=EXPERTS, **options).train()
+
+
+def read_config(name: str, config: Mapping[str, Any] | None) -> Any:
+    """The PretrainedConfig of a type with its options, or of a local checkpoint."""
+    auto = _transformers()
+    if config is None:
+        with _explained(f"the checkpoint '{name}'", kind=CheckpointError):
+            folder, extra = _checkpoint(name)
+            return auto.AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+    known = list(auto.CONFIG_MAPPING)
+    if name not in known:
+        near = suggestion(name, known)
+        raise SpecError(f"model: transformers {auto.__version__} has no model type '{name}'{near}")
+    _check_options(name, config, auto.CONFIG_MAPPING[name])
+    with _explained(f"the config of '{name}'", config):
+        return auto.AutoConfig.for_model(name, **config)
+
+
+def _check_options(name: str, config: Mapping[str, Any], kind: Any) -> None:
+    """Refuse an option that is nearly one the type has: transformers would take it silently and do nothing."""
+    known = {*kind().to_dict(), *kind.attribute_map, *LEGACY}
+    for key in config:
+        near = [] if key in known else difflib.get_close_matches(key, sorted(known), n=1, cutoff=MISSPELLED)
+        if near:
+            raise SpecError(f"model: the config of '{name}' has no option '{key}'; did you mean '{near[0]}'?")
+
+
+def _pretrained(name: str, made: Any, options: dict[str, Any]) -> nn.Module:
+    folder, extra = _checkpoint(name)
+    with _explained(f"the checkpoint '{name}'", kind=CheckpointError):
+        kind = _model_class(made)
+        return kind.from_pretrained(
+            folder, config=made, local_files_only=True, experts_implementation=EXPERTS, **extra, **options
+        ).train()
+
+
+def _checkpoint(name: str) -> tuple[str, dict[str, str]]:
+    """The folder of a local checkpoint, and the GGUF file in it where the weights are one."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if not path.is_dir():
+        raise SpecError(f"model: there is no checkpoint folder '{name}' (nothing is downloaded)")
+    files = sorted(path.glob("*.gguf"))
+    if (path / "config.json").is_file() or not files:
+        return str(path), {}
+    if len(files) > 1:
+        raise SpecError(f"model: '{name}' holds {len(files)} GGUF files; name one of them, e.g. {files[0]}")
+    return str(path), {"gguf_file": files[0].name}
+
+
+def _model_class(config: Any) -> Any:
+    """The class of transformers that a config's model has for training."""
+    auto = _transformers()
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(auto, name):
+            return getattr(auto, name)
+    for kind in _order(config, auto):
+        if type(config) in kind._model_mapping:
+            found = kind._model_mapping[type(config)]
+            return found[0] if isinstance(found, (tuple, list)) else found
+    raise SpecError(f"model: transformers has no model class for the type '{config.model_type}'")
+
+
+def _order(config: Any, auto: Any) -> list[Any]:
+    """Kinds of models, the likeliest first; types that are both masked and causal are encoders unless they say otherwise."""
+    if getattr(config, "is_encoder_decoder", False):
+        return [auto.AutoModelForSeq2SeqLM, auto.AutoModel]
+    language = [auto.AutoModelForMaskedLM, auto.AutoModelForCausalLM]
+    if getattr(config, "is_decoder", False):
+        language.reverse()
+    return [*language, auto.AutoModelForImageClassification, auto.AutoModel]
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+    try:
+        import transformers
+    except ImportError as error:
+        raise SpecError("model: a model with `hf:` needs transformers: pip install 'autopar[hf]'") from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _explained(
+    what: str, options: Mapping[str, Any] | None = None, kind: type[AutoparError] = SpecError
+) -> Iterator[None]:
+    """Whatever transformers raises for a user's values, as one message with its own words; its log keeps quiet."""
+    log = _transformers().utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    except AutoparError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:400]
+        blamed = [f"{k}: {v}" for k, v in (options or {}).items() if isinstance(v, str) and v in text]
+        place = f" ({', '.join(blamed)})" if blamed else ""
+        raise kind(f"model: transformers refuses {what}{place}: {type(error).__name__}: {text}") from error
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
