@@ -15,12 +15,14 @@ from autopar.sharding.notation import Pieces
 
 @dataclass(frozen=True)
 class Spec:
-    """A random operand. Floats avoid zero; ``positive`` also negative numbers; integers lie in [0, high)."""
+    """A random operand. Floats avoid zero (``positive``: and below); no gradient flows to a ``constant``; integers lie in
+    [0, high)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float64
     high: int = 4
     positive: bool = False
+    constant: bool = False
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         if self.dtype == torch.bool:
@@ -31,10 +33,19 @@ class Spec:
         sign = 1 if self.positive else torch.randint(2, self.shape, generator=generator) * 2 - 1
         return (size * sign).to(self.dtype)
 
+    @property
+    def differentiable(self) -> bool:
+        return self.dtype.is_floating_point and not self.constant
+
 
 def tensor(*shape: int, positive: bool = False) -> Spec:
     """A float64 operand without zeros."""
     return Spec(shape, positive=positive)
+
+
+def constant(*shape: int) -> Spec:
+    """A positive float64 operand to which no gradient flows."""
+    return Spec(shape, positive=True, constant=True)
 
 
 def integers(*shape: int, high: int) -> Spec:

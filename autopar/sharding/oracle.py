@@ -35,8 +35,9 @@ def prove(example: Example, strategy: Strategy, degree: int, seed: int = 0) -> l
     node, specs = example.made
     whole = [s.draw(generator) for s in specs]
     shards = [_split(p, x, degree, generator) for p, x in zip(strategy.inputs, whole, strict=True)]
-    leaves = [x.requires_grad_(x.is_floating_point()) for x in whole]
-    local_leaves = [[x.detach().clone().requires_grad_(x.is_floating_point()) for x in each] for each in shards]
+    flows = [s.differentiable for s in specs]
+    leaves = [x.requires_grad_(f) for x, f in zip(whole, flows, strict=True)]
+    local_leaves = [[x.detach().clone().requires_grad_(f) for x in s] for s, f in zip(shards, flows, strict=True)]
     expected = tensors(call(node, leaves, node.args, node.kwargs))
     try:
         made = run(node, strategy, local_leaves, degree)

@@ -1,0 +1,118 @@
+"""Look-ups: embedding, gather, index_select, advanced indexing, one_hot. The dims looked up in stay whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from autopar.sharding.call import arguments, broadcast, letters, shape, term, wrap
+from autopar.sharding.example import example, integers, tensor
+from autopar.sharding.placement import P, R, S
+from autopar.sharding.rule import rule
+from autopar.sharding.strategy import Strategy
+
+aten = torch.ops.aten
+
+
+def vocab_embedding(node: fx.Node, degree: int) -> list[Strategy]:
+    """Each device holds some rows and looks up the ids it has: the sum over devices is the embedding (Megatron-LM)."""
+    rows = shape(node.args[0])[0]
+    return [] if rows % degree else [Strategy((S(0), R), (P,), "vocab_embedding")]
+
+
+@rule(
+    aten.embedding.default,
+    special=vocab_embedding,
+    examples=[
+        example(aten.embedding.default, tensor(12, 6), integers(2, 4, high=12)),
+        example(aten.embedding.default, tensor(12, 4), integers(6, high=12), 3),
+    ],
+)
+def embedding(node: fx.Node) -> str:
+    ids = letters(len(shape(node.args[1])))
+    return f"v! e ~, {term(ids)} -> {term([*ids, 'e'], '~')}"
+
+
+@rule(
+    aten.gather.default,
+    examples=[
+        example(aten.gather.default, tensor(4, 5), 1, integers(4, 6, high=5)),
+        example(aten.gather.default, tensor(4, 6, 7), -1, integers(4, 2, 3, high=7)),
+    ],
+)
+def gather(node: fx.Node) -> str:
+    """Along the other dims an index of the same length goes with the tensor; a shorter one reads a part of it."""
+    old, new = shape(node.args[0]), shape(node)
+    dim = wrap(arguments(node)["dim"], len(old))
+    source = [f"a{i}" if i != dim and n == m else f"x{i}!" for i, (n, m) in enumerate(zip(old, new, strict=True))]
+    index = [f"a{i}" if i == dim or n == m else f"y{i}!" for i, (n, m) in enumerate(zip(old, new, strict=True))]
+    return f"{term(source, '~')}, {term(index)} -> {term(index, '~')}"
+
+
+@rule(
+    aten.index_select.default,
+    examples=[example(aten.index_select.default, tensor(4, 5, 6), 1, integers(12, high=5))],
+)
+def index_select(node: fx.Node) -> str:
+    names = letters(len(shape(node.args[0])))
+    dim = wrap(arguments(node)["dim"], len(names))
+    source, out = list(names), list(names)
+    source[dim], out[dim] = "n!", "i"
+    return f"{term(source, '~')}, i -> {term(out, '~')}"
+
+
+@rule(
+    aten.index.Tensor,
+    examples=[
+        example(aten.index.Tensor, tensor(5, 4, 6), [None, integers(2, 3, high=4)]),
+        example(aten.index.Tensor, tensor(5, 4, 6), [integers(6, 1, high=5), integers(8, high=4)]),
+        example(aten.index.Tensor, tensor(5, 4, 3), [integers(6, high=5), None, integers(6, high=3)]),
+    ],
+)
+def index(node: fx.Node) -> str | None:
+    """Index tensors broadcast against each other; their dims stand where the first of them does, or first of all when
+    they are not neighbours. None for boolean masks, whose result depends on the data."""
+    old = shape(node.args[0])
+    given = list(node.args[1])  # type: ignore[arg-type]
+    at = [i for i, x in enumerate(given) if x is not None]
+    if any(given[i].meta["val"].dtype == torch.bool for i in at):
+        return None
+    shapes = [shape(given[i]) for i in at]
+    common = torch.broadcast_shapes(*shapes)
+    made = ["1" if n == 1 else x for n, x in zip(common, letters(len(common), "i"), strict=True)]
+    names = [f"x{i}!" if i in at else f"a{i}" for i in range(len(old))]
+    kept = [x for i, x in enumerate(names) if i not in at]
+    start = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    out = [*kept[:start], *made, *kept[start:]]
+    terms = [term(broadcast(s, letters(len(common), "i"))) for s in shapes]
+    return f"{', '.join([term(names, '~'), *terms])} -> {term(out, '~')}"
+
+
+@rule(aten.one_hot.default, examples=[example(aten.one_hot.default, integers(4, 6, high=5), 5)])
+def one_hot(node: fx.Node) -> str | None:
+    """None where the number of classes is to be read off the data."""
+    if arguments(node)["num_classes"] < 0:
+        return None
+    names = letters(len(shape(node.args[0])))
+    return f"{term(names)} -> {term([*names, 'n!'])}"
+
+
+@rule(
+    aten.scatter_add.default,
+    aten.scatter.src,
+    examples=[
+        example(aten.scatter_add.default, tensor(4, 5), 1, integers(4, 3, high=5), tensor(4, 3)),
+        example(aten.scatter_add.default, tensor(5, 6), 0, integers(3, 6, high=5), tensor(3, 6)),
+    ],
+)
+def scatter(node: fx.Node) -> str | None:
+    """Dims other than the one scattered along may be split where all three tensors have the same length."""
+    bound = arguments(node)
+    old, idx, src = shape(bound["self"]), shape(bound["index"]), shape(bound["src"])
+    dim = wrap(bound["dim"], len(old))
+    same = [i != dim and old[i] == idx[i] == src[i] for i in range(len(old))]
+
+    def names(prefix: str) -> str:
+        return term(f"a{i}" if ok else f"{prefix}{i}!" for i, ok in enumerate(same))
+
+    return f"{names('x')}, {names('y')}, {names('z')} -> {names('x')}"
