@@ -1,1 +1,1 @@
-"""TODO"""
+"""Carrying a plan out: materialize, ZeRO, pipelines, the training loop, checkpoints, launch."""

@@ -1,0 +1,264 @@
+"""Sharded checkpoints in the original names that load under any plan, and that a crash cannot damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from autopar.errors import CheckpointError, RuntimeFault
+from autopar.runtime import materialize
+from autopar.runtime.parameters import Held, Piece
+
+if TYPE_CHECKING:
+    from autopar.runtime.engine import Engine
+
+KEEP = 2  # checkpoints kept: the newest, and one to go back to
+STATE = "state.json"
+LATEST = "latest"
+
+
+class Pieces(torch.Tensor):
+    """A whole tensor of which this rank has some rectangles; `torch.distributed.checkpoint` saves and fills those.
+
+    The protocol is DCP's own (``__create_write_items__`` and so on). Rectangles with the same offset on several ranks
+    are the same data: DCP writes one of them.
+    """
+
+    pieces: list[tuple[torch.Size, torch.Tensor]]
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], like: torch.Tensor, pieces: list[Piece]) -> Pieces:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        made.pieces = [(torch.Size(o), t) for o, t in pieces if t.numel()]
+        return made
+
+    def __init__(self, *args: Any):
+        pass
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{func} on a tensor that is only in pieces here")
+
+    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, offset),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offset, held.size()),
+                    properties=TensorProperties.create_from_tensor(held),
+                    size=self.size(),
+                ),
+            )
+            for offset, held in self.pieces
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offset, held.size()) for offset, held in self.pieces]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return next(held for offset, held in self.pieces if offset == index.offset)
+
+
+def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Path:
+    """Write ``root/step-N`` and point ``root/latest`` to it. Collective.
+
+    Everything is written into a new folder that is renamed when complete: a rank that dies, or a disk that fills, at
+    any moment leaves the previous checkpoint as it was. Raises RuntimeFault on all ranks if writing fails on any.
+    """
+    world, step = engine.world, engine.optimizer.updates
+    target, partial = _free(root, step), root / f".step-{step}.partial"
+    _on_first(engine, lambda: _fresh(partial))
+    try:
+        dcp.save(dict(_tensors(engine, engine.held)), checkpoint_id=partial, no_dist=world.mesh is None)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        _on_first(engine, lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise RuntimeFault(f"{target}: the checkpoint could not be written ({_cause(error)}); the previous one is kept") from None
+    state = {"step": step, "updates": _updates(engine), "optimizer": engine.optimizer.options.name, **(extra or {})}
+    world.barrier()
+    _on_first(engine, lambda: _publish(partial, target, state))
+    return target
+
+
+def load(engine: Engine, path: Path) -> dict[str, Any]:
+    """Fill parameters and optimizer state from a checkpoint; returns its ``state.json``. Collective.
+
+    Raises CheckpointError naming the tensors that are missing, of another shape, or unknown to the model.
+    """
+    folder = locate(path)
+    state, metadata = read_state(folder), _metadata(folder)
+    ours = engine.optimizer.options.name
+    if state["optimizer"] != ours:
+        raise CheckpointError(f"{folder}: holds the state of {state['optimizer']}, the job's optimizer is {ours}")
+    _check(folder, metadata, _expected(engine))
+    dcp.load(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
+    _copy_tied(engine)
+    engine.optimizer.updates = state["step"]
+    for held, moments in zip(engine.optimizer.held, engine.optimizer.state, strict=True):
+        moments["step"].fill_(state["updates"][held.name])
+    return state
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the one its ``latest`` names."""
+    if (path / STATE).exists():
+        return path
+    if not (path / LATEST).exists():
+        raise CheckpointError(f"{path}: no checkpoint there (neither {STATE} nor {LATEST})")
+    folder = path / (path / LATEST).read_text().strip()
+    if not (folder / STATE).exists():
+        raise CheckpointError(f"{path}: its {LATEST} names {folder.name}, which is not a whole checkpoint")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint: the step, updates per parameter, and what the caller of `save` added."""
+    try:
+        return json.loads((folder / STATE).read_text())
+    except ValueError:
+        raise CheckpointError(f"{folder / STATE}: damaged") from None
+
+
+def _tensors(engine: Engine, held: list[Held]) -> Iterator[tuple[str, Pieces]]:
+    """Every tensor under its name in the checkpoint; of tied copies on this rank the first."""
+    moments = {id(h): s for h, s in zip(engine.optimizer.held, engine.optimizer.state, strict=True)}
+    seen: set[str] = set()
+    for h in held:
+        if h.name in seen:
+            continue
+        seen.add(h.name)
+        yield f"model.{h.name}", Pieces(h.shard.shape, h.local, h.shard.pieces(h.local))
+        if id(h) in moments:
+            for key in engine.optimizer.moments:
+                tensor = moments[id(h)][key]
+                yield f"optim.{h.name}.{key}", Pieces(h.shard.shape, tensor, h.shard.pieces(tensor))
+
+
+def _expected(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of everything that a checkpoint of this model holds, over all stages."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for stage in engine.manifest.stages:
+        for item in stage.parameters:
+            name = engine.manifest.canonical(item.name)
+            wanted[f"model.{name}"] = item.shape
+            if item.trainable:
+                wanted |= {f"optim.{name}.{key}": item.shape for key in engine.optimizer.moments}
+    return wanted
+
+
+def _check(folder: Path, metadata: Metadata, wanted: dict[str, tuple[int, ...]]) -> None:
+    there = {n: tuple(m.size) for n, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
+    missing = [n for n in wanted if n not in there]
+    wrong = [f"{n} is {there[n]}, the model needs {s}" for n, s in wanted.items() if n in there and there[n] != s]
+    unexpected = [n for n in there if n not in wanted]
+    materialize.report(f"{folder}: its tensors", missing, wrong, unexpected)
+
+
+def _metadata(folder: Path) -> Metadata:
+    try:
+        return dcp.FileSystemReader(folder).read_metadata()
+    except Exception as error:
+        raise CheckpointError(f"{folder}: not a whole checkpoint ({_cause(error)})") from None
+
+
+def _copy_tied(engine: Engine) -> None:
+    """Later copies of a tied tensor on this rank take what was read into the first, moments included."""
+    first: dict[str, Held] = {}
+    moments = {id(h): s for h, s in zip(engine.optimizer.held, engine.optimizer.state, strict=True)}
+    for h in engine.held:
+        source = first.setdefault(h.name, h)
+        if source is not h:
+            h.local.copy_(source.local)
+            for key in engine.optimizer.moments if id(h) in moments else ():
+                moments[id(h)][key].copy_(moments[id(source)][key])
+
+
+def _updates(engine: Engine) -> dict[str, int]:
+    """Canonical name → updates of that parameter, of all ranks."""
+    own = {h.name: int(s["step"]) for h, s in zip(engine.optimizer.held, engine.optimizer.state, strict=True)}
+    if engine.world.mesh is None:
+        return own
+    everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {n: u for part in everyone for n, u in part.items()}
+
+
+def _on_first(engine: Engine, action: Any) -> None:
+    """Rank 0 acts, all wait; if it fails, all raise the same RuntimeFault."""
+    error = ""
+    if engine.world.first:
+        try:
+            action()
+        except OSError as caught:
+            error = str(caught)
+    if engine.world.mesh is not None:
+        told = [error]
+        dist.broadcast_object_list(told, src=0)
+        error = told[0]
+    if error:
+        raise RuntimeFault(f"the checkpoint could not be written ({error}); the previous one is kept")
+
+
+def _free(root: Path, step: int) -> Path:
+    """``step-N``, or ``step-N-1``, … where a checkpoint of this step exists: none is ever written over."""
+    names = [f"step-{step}", *(f"step-{step}-{again}" for again in range(1, 1000))]
+    return next(root / name for name in names if not (root / name).exists())
+
+
+def _fresh(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _publish(partial: Path, target: Path, state: dict[str, Any]) -> None:
+    """Complete the new folder, give it its name, let ``latest`` name it, and only then remove old ones."""
+    _write(partial / STATE, json.dumps(state))
+    _sync(partial)
+    os.rename(partial, target)
+    _sync(target.parent)
+    _write(target.parent / f".{LATEST}.partial", target.name)
+    os.replace(target.parent / f".{LATEST}.partial", target.parent / LATEST)
+    _sync(target.parent)
+    steps = sorted(target.parent.glob("step-*"), key=lambda p: [int(part) for part in p.name.split("-")[1:]])
+    for old in [p for p in steps if p != target][: max(0, len(steps) - KEEP)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        first = next(iter(error.failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

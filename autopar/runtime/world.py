@@ -1,0 +1,109 @@
+"""The processes of a run: this rank, its device, the mesh (pp, dp, tp) and its groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar.errors import PlanError
+from autopar.plan.plan import MeshShape
+
+AXES = ("pp", "dp", "tp")  # outermost (slowest links) first: ranks next to each other share a tp group
+
+
+@dataclass
+class World:
+    """Where this process stands. Without a process group (one device) every collective is a no-op."""
+
+    shape: MeshShape
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    _teams: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, shape: MeshShape, device: torch.device | None = None) -> World:
+        """Start (or use) torch.distributed and lay the mesh over it.
+
+        Raises PlanError when the number of processes is not the plan's number of devices.
+        """
+        if shape.cp != 1:
+            raise PlanError(f"the runtime has no context-parallel axis; the plan has cp={shape.cp}, cp=1 would be right")
+        device = device or local_device()
+        if not dist.is_initialized() and "RANK" in os.environ:
+            start(device)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if ranks != shape.devices:
+            counts = f"pp {shape.pp} × dp {shape.dp} × tp {shape.tp}"
+            raise PlanError(
+                f"the plan is for {shape.devices} devices ({counts}) but {ranks} process(es) run; "
+                f"start it with `torchrun --nproc-per-node {shape.devices}`"
+            )
+        if not dist.is_initialized():
+            return cls(shape, device)
+        return cls(shape, device, init_device_mesh(device.type, tuple(getattr(shape, a) for a in AXES), mesh_dim_names=AXES))
+
+    def rank(self, axis: str) -> int:
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The process group along an axis; None where the axis has one device."""
+        return None if self.mesh is None or getattr(self.shape, axis) == 1 else self.mesh.get_group(axis)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0 of all: the one that prints and writes."""
+        return self.mesh is None or dist.get_rank() == 0
+
+    def team(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of these pp ranks at this rank's (dp, tp). Collective: every rank must ask, in the same order."""
+        assert self.mesh is not None
+        if pp_ranks not in self._teams:
+            grid, mine = self.mesh.mesh, None
+            for d in range(self.shape.dp):
+                for t in range(self.shape.tp):
+                    members = [int(grid[p, d, t]) for p in pp_ranks]
+                    made = dist.new_group(members)
+                    if dist.get_rank() in members:
+                        mine = made
+            self._teams[pp_ranks] = mine
+        return self._teams[pp_ranks]
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of numbers over all ranks, in float64."""
+        if self.mesh is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def local_device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(device: torch.device) -> None:
+    """``init_process_group`` from torchrun's environment.
+
+    The store gets a prefix for every attempt: with the plain ``env://`` a restarted gloo job reads the addresses of
+    the attempt before and hangs (torch 2.13).
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False if agent else rank == 0)
+    attempt = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=ranks)

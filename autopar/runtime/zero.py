@@ -1,0 +1,129 @@
+"""ZeRO 0 to 3 along dp: who holds parameters, gradients and optimizer state, and when gradients are summed.
+
+1, 2 and 3 are FSDP2's `fully_shard`; gradients are *summed* (the loss is already divided by the global count). 0 is
+plain parameters and an all-reduce of each unit's gradients as soon as they are final: torch's `replicate` keeps every
+parameter twice (measured with torch 2.13), and does not mix with schedules that split the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from autopar.errors import PlanError
+from autopar.runtime.world import World
+
+SPLIT_BACKWARD = {"interleavedzerobubble", "zbvzerobubble", "dualpipev"}
+
+
+class Hidden(nn.Module):
+    """Hides that its module is an FSDP module from `PipelineStage`, which would otherwise hold all gathered
+    parameters and whole gradients until the end of the step, whatever ZeRO stage was asked for (torch 2.13)."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor):  # noqa: ANN201 (whatever the module returns)
+        return self.module(*args, **kwargs)
+
+
+def check(zero: int, schedule: str, pipelined: bool) -> None:
+    """Schedules that split the backward pass give wrong gradients with parameters that are gathered again."""
+    if pipelined and schedule in SPLIT_BACKWARD and zero > 1:
+        raise PlanError(f"schedule {schedule} works with zero=0 and zero=1 only; the plan has zero={zero}")
+
+
+def shard(module: nn.Module, units: tuple[str, ...], zero: int, world: World) -> None:
+    """Shard a stage's parameters along dp, one group per unit and one for the rest. Nothing at zero=0 or dp=1."""
+    if zero == 0 or world.shape.dp == 1:
+        return
+    assert world.mesh is not None
+    scalars = {p for p in module.parameters() if p.dim() == 0}  # dim 0 is what FSDP splits; these stay whole
+    mesh, reshard = world.mesh["dp"], zero == 3
+    for target in [*(module.get_submodule(u) for u in units), module]:
+        fully_shard(target, mesh=mesh, reshard_after_forward=reshard, ignored_params=scalars)
+    for part in module.modules():  # neither setter recurses: forgetting one averages silently (torch 2.13)
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    assert isinstance(module, FSDPModule)
+    module.set_reduce_scatter_unused_params(True)
+
+
+def microbatch_flags(module: nn.Module, zero: int, last: bool) -> None:
+    """Before a micro-batch, outside pipelines: zero=1 reduces once, in the last one."""
+    if zero == 1 and isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)
+        module.set_reshard_after_backward(last)
+
+
+class Replicas:
+    """Sums the gradients of plain parameters over dp, unit by unit, while the last micro-batch's backward goes on.
+
+    A unit is sent when each of its gradients got a contribution from every micro-batch, and units are sent in a fixed
+    order, so all ranks issue the same collectives. What is left (split backward passes, unused parameters) `finish` sends.
+    """
+
+    def __init__(self, module: nn.Module, units: tuple[str, ...], microbatches: int, world: World):
+        self.group, self.microbatches = world.group("dp"), microbatches
+        self.units: list[list[nn.Parameter]] = []
+        self.unit_of: dict[nn.Parameter, int] = {}
+        targets = [*(module.get_submodule(u) for u in reversed(units)), module] if self.group is not None else []
+        for target in targets:
+            mine = [p for p in target.parameters() if _whole(p) and p not in self.unit_of]
+            self.unit_of |= dict.fromkeys(mine, len(self.units))
+            if mine:
+                self.units.append(mine)
+        for parameter in self.unit_of:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+        self.start()
+
+    def start(self) -> None:
+        """Forget the last step."""
+        self.seen = dict.fromkeys(self.unit_of, 0)
+        self.open = [len(u) for u in self.units]  # parameters of each unit whose gradients are not final yet
+        self.sent: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []
+        self.next = 0
+
+    def _arrived(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        self.seen[parameter] += 1
+        if self.seen[parameter] == self.microbatches:
+            self.open[self.unit_of[parameter]] -= 1
+            while self.next < len(self.units) and self.open[self.next] == 0:
+                self._send()
+
+    def _send(self) -> None:
+        for p in self.units[self.next]:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for p in self.units[self.next]:
+            assert p.grad is not None
+            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for grads in by_dtype.values():
+            flat = grads[0].view(-1) if len(grads) == 1 and grads[0].is_contiguous() else torch.cat([g.flatten() for g in grads])
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+            assert work is not None
+            self.sent.append((grads, flat, work))
+        self.next += 1
+
+    def finish(self) -> None:
+        """Send what is left, wait for all, and put the sums where the gradients are."""
+        while self.next < len(self.units):
+            self._send()
+        for grads, flat, work in self.sent:
+            work.wait()
+            if flat.data_ptr() != grads[0].data_ptr():
+                for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                    grad.copy_(part.view_as(grad))
+        self.start()
+
+
+def _whole(parameter: nn.Parameter) -> bool:
+    """Trainable and not sharded by FSDP."""
+    return parameter.requires_grad and type(parameter.data) is torch.Tensor
