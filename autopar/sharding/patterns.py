@@ -50,10 +50,13 @@ def collect_patterns(graph: fx.Graph) -> GraphPatterns:
             readers.setdefault(slot, []).append(item)
     found: dict[Slot, set[Pieces]] = {}
     queue = deque(i for i in items if any(_makes_pieces(d, i) for _, d in i.places))
+    waiting = set(queue)
     while queue:
         item = queue.popleft()
+        waiting.discard(item)
         for slot in _spread(item, found):
-            queue.extend(i for i in readers[slot] if i not in queue)
+            queue.extend(i for i in readers[slot] if i not in waiting)
+            waiting.update(readers[slot])
     return _by_node(graph, items, found)
 
 
@@ -136,8 +139,8 @@ def _learn(held: set[Pieces], pieces: Pieces, joined: bool) -> bool:
     before = len(held)
     candidates = [pieces, *(_refine(pieces, other) for other in sorted(held) if joined)]
     for candidate in candidates:
-        if 1 < len(candidate) <= MAX_PIECES and len(held) < MAX_PATTERNS:
-            held.add(candidate)
+        if 1 < len(candidate) <= MAX_PIECES and len(held) < MAX_PATTERNS and math.gcd(*candidate) > 1:
+            held.add(candidate)  # (pieces without a common divisor are never split evenly)
     return len(held) > before
 
 

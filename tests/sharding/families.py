@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 
 BATCH, LENGTH, VOCAB = 3, 12, 96
@@ -164,21 +167,59 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 def batch(model: nn.Module) -> dict[str, torch.Tensor]:
     if isinstance(model, ImageLoss):
-        return {"pixel_values": torch.randn(BATCH, 3, 24, 24), "labels": torch.randint(2, (BATCH,))}
+        return {"pixel_values": torch.randn(BATCH, 3, 24, 24, dtype=torch.float64), "labels": torch.randint(2, (BATCH,))}
     ids = torch.randint(1, VOCAB, (BATCH, LENGTH))
     return {"input_ids": ids, "labels": torch.randint(1, VOCAB, (BATCH, LENGTH))}
 
 
-def trace(name: str) -> fx.GraphModule:
-    """The exported, unlifted training graph of a family; regions without gradient stay submodules."""
+@lru_cache(maxsize=None)
+def trace(name: str) -> fx.Graph:
+    """The training graph of a family in float64, static and flat: placeholders carry their kind and tensor."""
     torch.manual_seed(0)
-    model = FAMILIES[name]().train()
-    exported = torch.export.export(model, (), batch(model), strict=False)
-    return exported.graph_module
+    model = FAMILIES[name]().double().train()
+    made = batch(model)
+    exported = torch.export.export(model, (), made, strict=False)
+    graph, env = fx.Graph(), {}
+    kinds = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant", "USER_INPUT": "input"}
+    tensors = {**exported.state_dict, **exported.constants}
+    fresh = iter(made.values())
+    for spec, node in zip(exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder")):
+        env[node] = graph.node_copy(node)
+        value = next(fresh) if spec.kind.name == "USER_INPUT" else tensors[spec.target]
+        env[node].meta.update(kind=kinds[spec.kind.name], name=spec.target, tensor=value.detach())
+    graph.output(_inline(exported.graph_module, graph, env))
+    return graph
 
 
-def operators(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """Every operator call, those of nested regions included."""
-    for part in module.modules():
-        if isinstance(part, fx.GraphModule):
-            yield from (n for n in part.graph.nodes if n.op == "call_function")
+def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> Any:
+    """Copy the operators of ``module`` behind those of ``graph``, regions opened, and what only export needs left out."""
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env.get(n, n))
+        if node.op == "output":
+            return args[0]
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            inner = getattr(module, node.args[1].target)
+            held = dict(zip(inner.graph.find_nodes(op="placeholder"), args[2:], strict=True))
+            env[node] = _inline(inner, graph, held)
+        elif isinstance(env_item := (args[0] if args else None), (tuple, list)) and node.target is operator.getitem:
+            env[node] = env_item[args[1]]
+        elif "_assert_" not in str(node.target):
+            args = map_aggregate(args, _double)
+            env[node] = graph.call_function(_functional(node.target), args, map_aggregate(kwargs, _double))
+            env[node].meta = dict(node.meta)
+    return None
+
+
+def _double(value: Any) -> Any:
+    """Models cast to float32 by name; the proof is in float64."""
+    return torch.float64 if value == torch.float32 and isinstance(value, torch.dtype) else value
+
+
+def _functional(target: Any) -> Any:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor``."""
+    name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
+    if not name.endswith("_") or name.startswith("_"):
+        return target
+    return getattr(getattr(torch.ops.aten, name[:-1]), target._overloadname)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.sharding.call import arguments, frozen, letters, output_shapes, shape, term, wrap
+from autopar.sharding.call import arguments, frozen, letters, output_shapes, sentence, shape, term, wrap
 from autopar.sharding.example import example, tensor
 from autopar.sharding.rule import Local, rule
 
@@ -185,6 +185,7 @@ def pad(node: fx.Node) -> str:
         example(aten.flip.default, tensor(4, 6), [1]),
         example(aten.roll.default, tensor(4, 6), [2], [-1]),
         example(aten.diff.default, tensor(4, 6)),
+        example(aten.diff.default, tensor(4, 6), 1, 0, tensor(2, 6)),
         example(aten.tril.default, tensor(3, 4, 6)),
         example(aten.triu.default, tensor(3, 4, 6), 1),
     ],
@@ -192,10 +193,12 @@ def pad(node: fx.Node) -> str:
 def along_dims(node: fx.Node) -> str | None:
     """Linear operators that mix positions along some dims, which stay whole."""
     bound, rank = arguments(node), len(shape(node))
-    if bound.get("prepend") or bound.get("append") or bound.get("dims") == []:
+    if bound.get("dims") == []:
         return None
-    mixed = bound.get("dims", [bound["dim"]] if "dim" in bound else [-2, -1])
-    names = letters(rank)
-    old, new = frozen(names, mixed), frozen([f"o{x}" if i in {wrap(d, rank) for d in mixed} else x
-                                             for i, x in enumerate(names)], mixed)
-    return f"{term(old, '~')} -> {term(new, '~')}"
+    mixed = {wrap(d, rank) for d in bound.get("dims", [bound["dim"]] if "dim" in bound else [-2, -1])}
+
+    def side(prefix: str) -> str:
+        return term((f"{prefix}{i}!" if i in mixed else f"a{i}" for i in range(rank)), "~")
+
+    inputs = {"self": side("x"), "prepend": side("y"), "append": side("z")}
+    return sentence(node, side("o"), **inputs)
