@@ -87,6 +87,8 @@ def _line(item: Any, kind: type[BaseModel], source: Source, noun: str) -> str:
         known = fields_at(kind, path[:-1])
         near = suggestion(str(path[-1]), known)
         return f"{where}: unknown key '{path[-1]}' in {holder}{near or _keys(known)}"
+    if item["type"] == "missing" and isinstance(item["loc"][-1], int):
+        return f"{where}: {key} must have at least {item['loc'][-1] + 1} entries"
     if item["type"] == "missing":
         return f"{where}: the key '{path[-1] if path else item['loc'][-1]}' is missing in {holder}"
     return f"{where}: {key or noun} {_complaint(item)}"

@@ -64,12 +64,17 @@ def check_job(job: Job) -> None:
     if job.model is None or job.cluster is None or job.batch is None:
         missing = [key for key in ("model", "cluster", "batch") if getattr(job, key) is None]
         raise SpecError(f"the job has no {' and no '.join(missing)}")
-    model = sizes(job.model)
-    if model.positions is not None and job.batch.length > model.positions:
-        raise SpecError(
-            f"batch.length: {job.batch.length} is more than the {model.positions} learned positions of {job.model}"
-        )
-    check_pins(job.pins, model, job.cluster.devices, job.batch.sequences, job.batch.length)
+    check_pins(job.pins, sizes(job.model), job.cluster.devices, job.batch.sequences, job.batch.length)
+
+
+def check_length(job: Job) -> None:
+    """Raise SpecError where the batch's sequences are longer than the model's learned positions."""
+    if job.model is None or job.batch is None:
+        return
+    positions = sizes(job.model).positions
+    if positions is not None and job.batch.length > positions:
+        length = job.batch.length
+        raise SpecError(f"batch.length: {length} is more than the {positions} learned positions of {job.model}")
 
 
 def check_pins(pins: Pins, model: Sizes, devices: int, sequences: int, length: int) -> None:

@@ -113,7 +113,8 @@ def _located(origin: Any, folder: Path | None) -> Any:
     if origin.hf is None or Path(origin.hf).expanduser().is_absolute():
         return origin
     for base in (Path.cwd(), *([folder] if folder else [])):
-        if (base / origin.hf / "config.json").is_file():
+        place = base / origin.hf
+        if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
             return origin.model_copy(update={"hf": str((base / origin.hf).resolve())})
     return origin
 

@@ -120,8 +120,9 @@ def _hugging_face(data: dict[str, Any], source: Source) -> dict[str, Any]:
     if config is not None and not isinstance(config, dict):
         raise source.error("model.config must be a mapping of the model type's options", ("config",))
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise source.error(f"the folder '{name}' holds no config.json, so it is no Hugging Face checkpoint", ("hf",))
+    if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        message = f"the folder '{name}' holds no config.json and no GGUF file, so it is no checkpoint"
+        raise source.error(message, ("hf",))
     if config is None and not folder.exists():
         message = f"there is no checkpoint folder '{name}' (nothing is downloaded); a model type needs `config: {{…}}`"
         raise source.error(message, ("hf",))
