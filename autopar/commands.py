@@ -71,22 +71,24 @@ def _show_plan(document: PlanDocument, job: Job, as_json: bool, out: TextIO) -> 
 
 def _plan_all(args: argparse.Namespace, out: TextIO) -> int:
     """Every job in order; a job that is wrong costs its own line, not the others'."""
-    worst, cache = cli.EXIT_DONE, {}
+    statuses, cache = {cli.EXIT_DONE}, {}
     for i, name in enumerate(args.jobs):
         if not args.json:
             out.write(("\n" if i else "") + f"== {name}\n")
         try:
             job = read_job(name, args.sets)
-            _show_plan(_planned(job, cache), job, args.json, out)
+            document = _planned(job, cache)
         except Exception as error:
             ours = isinstance(error, AutoparError)
             message = str(error) if ours else cli.fault(error)
-            worst = max(worst, cli.EXIT_WRONG) if ours or worst == cli.EXIT_WRONG else cli.EXIT_FAULT
+            statuses.add(cli.EXIT_WRONG if ours else cli.EXIT_FAULT)
             print(f"autopar: {name}: {message}", file=sys.stderr, flush=True)
             if args.json:
                 cli.write_json(out, {"error": message})
+        else:
+            _show_plan(document, job, args.json, out)
         out.flush()
-    return worst
+    return next(s for s in (cli.EXIT_FAULT, cli.EXIT_WRONG, cli.EXIT_DONE) if s in statuses)
 
 
 def compile_(args: argparse.Namespace, out: TextIO) -> int:
