@@ -1,0 +1,85 @@
+"""The attention core of a graph: from queries, keys and values to their mixture, in any spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+FUSED = {aten.scaled_dot_product_attention.default}
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+REACH = 12
+"""How many nodes may lie between a product and the softmax (scale, soft-cap, mask, casts, dropout, views)."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """``nodes`` in graph order, from the first product to the last; ``inputs`` are read from outside, ``output`` is last."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node
+
+
+def cores(graph: fx.Graph) -> list[Core]:
+    """Every attention core of a graph, in order: what selective recompute computes again (Korthikanti et al. 2022)."""
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in FUSED:
+            found.append(core([node], graph))
+        elif node.target in SOFTMAX:
+            first, last = before(node), after(node)
+            if first is not None and last is not None:
+                found.append(core(between(first, last), graph))
+    return found
+
+
+def before(softmax: fx.Node) -> fx.Node | None:
+    """The nearest product the softmax depends on."""
+    frontier = [softmax]
+    for _ in range(REACH):
+        frontier = [n for f in frontier for n in f.all_input_nodes if n.op == "call_function"]
+        product = next((n for n in frontier if n.target in PRODUCTS), None)
+        if product is not None or not frontier:
+            return product
+    return None
+
+
+def after(softmax: fx.Node) -> fx.Node | None:
+    """The nearest product that reads the softmax."""
+    frontier = [softmax]
+    for _ in range(REACH):
+        frontier = [n for f in frontier for n in f.users if n.op == "call_function"]
+        product = next((n for n in frontier if n.target in PRODUCTS), None)
+        if product is not None or not frontier:
+            return product
+    return None
+
+
+def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes on the ways from ``first`` to ``last``."""
+    down, stack = {first}, [first]
+    while stack:
+        for user in stack.pop().users:
+            if user not in down and user.op == "call_function":
+                down.add(user)
+                stack.append(user)
+    up, stack = {last}, [last]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in down and source not in up:
+                up.add(source)
+                stack.append(source)
+    return list(up & down)
+
+
+def core(nodes: list[fx.Node], graph: fx.Graph) -> Core:
+    inside = set(nodes)
+    ordered = [n for n in graph.nodes if n in inside]
+    inputs = dict.fromkeys(s for n in ordered for s in n.all_input_nodes if s not in inside)
+    return Core(tuple(ordered), tuple(inputs), ordered[-1])

@@ -1,0 +1,118 @@
+"""A static program cut into stages: which outer nodes each stage runs, what it receives and what it sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autopar.errors import PlanError
+from autopar.ir.program import Program
+
+LOSS = ("loss_sum", "count")
+
+
+@dataclass
+class StageGraph:
+    """One stage of the outer graph, its nodes still the program's own.
+
+    ``nodes`` in program order, placeholders included; ``receives`` and ``sends`` are values that cross its borders.
+    """
+
+    index: int
+    nodes: list[fx.Node]
+    calls: list[fx.Node]
+    receives: list[fx.Node] = field(default_factory=list)
+    sends: list[fx.Node] = field(default_factory=list)
+
+
+def homes(program: Program, ranges: list[tuple[int, int]]) -> dict[fx.Node, int]:
+    """The stage of every outer node: that of the last block call before it."""
+    stage_of = {i: s for s, (a, b) in enumerate(ranges) for i in range(a, b + 1)}
+    calls = program.calls()
+    expected = list(range(len(calls)))
+    covered = [i for a, b in ranges for i in range(a, b + 1)]
+    if covered != expected:
+        raise PlanError(f"the plan's stages cover the blocks {ranges}, the program has {len(calls)}")
+    found: dict[fx.Node, int] = {}
+    here = 0
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            here = stage_of[calls.index(node)]
+            found[node] = here
+        elif "getitem" in str(node.target) and node.args[0].op == "call_module":  # type: ignore[union-attr]
+            found[node] = found[node.args[0]]  # type: ignore[index]
+        else:
+            found[node] = here
+    found[program.graph.output_node()] = len(ranges) - 1
+    return found
+
+
+def free_nodes(program: Program) -> set[fx.Node]:
+    """Values that depend on batch inputs, buffers and constants alone: every stage may compute them for itself."""
+    free: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.meta["kind"] != "parameter":
+                free.add(node)
+        elif node.op == "call_function" and all(n in free for n in node.all_input_nodes) and not random(node):
+            free.add(node)
+    return free
+
+
+def random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers (it must then run once, in one place)."""
+    tags = getattr(node.target, "tags", ())
+    return any("nondeterministic" in str(t) for t in tags)
+
+
+def cut(program: Program, ranges: list[tuple[int, int]]) -> list[StageGraph]:
+    """The program's stages. Raises `PlanError` if ``ranges`` are not its block calls, in order."""
+    home, free = homes(program, ranges), free_nodes(program)
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    last = len(ranges) - 1
+    own: list[set[fx.Node]] = [set() for _ in ranges]
+    for node in program.graph.nodes:
+        if node.op == "output":
+            own[last].add(node)
+        elif node.op != "placeholder" and node not in free:
+            own[home[node]].add(node)
+    received: list[set[fx.Node]] = [set() for _ in ranges]
+    for stage, nodes in enumerate(own):
+        for node in list(nodes):
+            require(node, stage, home, free, own, received)
+    stages = []
+    for stage, nodes in enumerate(own):
+        ordered = sorted(nodes, key=order.__getitem__)
+        sends = received[stage + 1] if stage < last else set()
+        stages.append(
+            StageGraph(
+                stage,
+                ordered,
+                [n for n in ordered if n.op == "call_module"],
+                sorted(received[stage], key=order.__getitem__),
+                sorted(sends, key=order.__getitem__),
+            )
+        )
+    return stages
+
+
+def require(
+    node: fx.Node,
+    stage: int,
+    home: dict[fx.Node, int],
+    free: set[fx.Node],
+    own: list[set[fx.Node]],
+    received: list[set[fx.Node]],
+) -> None:
+    """Bring everything ``node`` reads to ``stage``: recomputed, held, or received from the stages before."""
+    for source in node.all_input_nodes:
+        if source.op == "placeholder" or source in free:
+            if source not in own[stage]:
+                own[stage].add(source)
+                require(source, stage, home, free, own, received)
+        elif home[source] < stage:
+            for s in range(home[source] + 1, stage + 1):
+                received[s].add(source)
+        elif source not in own[stage]:
+            raise PlanError(f"{node.name} in stage {stage} reads {source.name} of the later stage {home[source]}")
