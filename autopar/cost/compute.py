@@ -1,0 +1,109 @@
+"""Seconds of an operator call on one device: a roofline under the device's own efficiency curves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.cluster import Device
+from autopar.cost.operators import Work, is_product, local_shapes, products, work
+from autopar.cost.precision import Precision
+from autopar.cost.values import flows, parameter, reads
+from autopar.sharding.placement import Placement, R
+
+MATMUL_CURVE = ((1e6, 0.02), (1e8, 0.15), (1e9, 0.50), (16e9, 0.72), (128e9, 0.80))
+"""Share of the dense peak by FLOPs of a call, where a device's own spec has no curve: the shape of Calculon's curve
+(calculon-ai/calculon systems/a100_80g.json), its ceiling the largest matmul rates measured on A100 and H100
+(stas00/ml-engineering compute/accelerator: 87 and 80 % of the datasheet)."""
+MEMORY_CURVE = ((0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9))
+"""Share of the memory bandwidth by bytes of a call: Calculon's a100_80g.json, ``mem1``."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Forward, gradients of activations, gradients of weights."""
+
+    forward: float = 0.0
+    backward_input: float = 0.0
+    backward_weight: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.backward_input + self.backward_weight
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+        )
+
+
+def share(device: Device, kind: str, size: float) -> float:
+    """The device's own curve, or the default where its spec gives none."""
+    from autopar.cluster.cluster import interpolate
+
+    if kind == "matmul" and not device.efficiency.matmul:
+        return interpolate(MATMUL_CURVE, size)
+    if kind == "memory" and not device.efficiency.memory:
+        return interpolate(MEMORY_CURVE, size)
+    return device.share(kind, size)
+
+
+def moving(device: Device, bytes: float) -> float:
+    """Seconds to move bytes to and from memory in one kernel."""
+    return bytes / (device.bandwidth * share(device, "memory", bytes)) if bytes else 0.0
+
+
+def kernel(device: Device, kind: str, flops: float, bytes: float, dtype: str) -> float:
+    """One kernel: the slower of its FLOPs and its bytes, and the time to start it."""
+    if not flops and not bytes:
+        return 0.0
+    computing = flops / (device.peak(dtype) * share(device, "matmul", flops)) if flops else 0.0
+    return max(computing, moving(device, bytes)) + device.kernel_latency
+
+
+def seconds(done: Work, device: Device) -> Seconds:
+    """The time of a call's forward and backward."""
+    if done.kind == "free":
+        return Seconds()
+    name = str(done.dtype).removeprefix("torch.")
+    return Seconds(*(kernel(device, done.kind, f, b, name) for f, b in zip(done.flops, done.bytes, strict=True)))
+
+
+def node_seconds(
+    node: fx.Node,
+    inputs: tuple[Placement, ...],
+    outputs: tuple[Placement, ...],
+    degree: int,
+    precision: Precision,
+    device: Device,
+) -> Seconds:
+    """The time of one node under placements along tp, on one device."""
+    return seconds(work(node, inputs, outputs, degree, precision), device)
+
+
+def model_flops(node: fx.Node) -> float:
+    """FLOPs of a node's own forward and backward on one device holding everything: no recompute, attention not halved,
+    no gradient of what is frozen."""
+    if node.op != "call_function" or not is_product(node):
+        return 0.0
+    given = reads(node)
+    from autopar.cost.values import tensors
+
+    shapes, made = local_shapes(node, (R,) * len(given), (R,) * len(tensors(node)), 1)
+    forward = products(node, shapes, made)
+    from autopar.cost.operators import PRODUCTS, is_attention, op_name
+
+    if is_attention(node):
+        return forward * (3 if any(flows(v) for v in given[:3]) else 1)
+    factors = [given[i] for i in PRODUCTS[op_name(node)] if i < len(given)]
+    return forward * (1 + sum(flows(v) for v in factors))
+
+
+__all__ = ["Seconds", "kernel", "model_flops", "moving", "node_seconds", "parameter", "seconds", "share"]

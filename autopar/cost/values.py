@@ -1,0 +1,115 @@
+"""Values of a graph: who made a tensor, what it shares its storage with, how large it is on one device."""
+
+from __future__ import annotations
+
+import operator
+import torch
+from torch import fx
+
+from autopar.ir.ops import operands
+from autopar.sharding.placement import Placement, local_shape
+
+Value = tuple[fx.Node, int]
+"""Output number i of a node."""
+
+VIEWS = frozenset(
+    "view expand transpose permute t numpy_T unsqueeze squeeze slice select split split_with_sizes chunk narrow unbind "
+    "detach alias unflatten movedim swapaxes expand_as view_as getitem diagonal unfold swapdims lift_fresh mT".split()
+)
+"""Operators that never copy; others (reshape, contiguous, to) are asked whether their result shares its storage."""
+
+
+def op_name(node: fx.Node) -> str:
+    """``linear`` for ``aten.linear.default``; the name of any other target."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1].strip("_")
+    return str(target) if isinstance(target, str) else str(getattr(target, "__name__", type(target).__name__))
+
+
+def value(node: fx.Node) -> Value:
+    """The value a node stands for: a getitem is its source's output."""
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0], int(node.args[1])  # type: ignore[arg-type]
+    return node, 0
+
+
+def reads(node: fx.Node) -> list[Value]:
+    """The values of a node's tensor operands, in the order of `operands`."""
+    return [value(n) for n in operands(node)]
+
+
+def tensors(node: fx.Node) -> tuple[torch.Tensor, ...]:
+    """The tensors a node makes."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return (val,)
+    return tuple(v for v in val if isinstance(v, torch.Tensor)) if isinstance(val, (tuple, list)) else ()
+
+
+def tensor(v: Value) -> torch.Tensor:
+    node, i = v
+    return tensors(node)[i]
+
+
+def flows(v: Value) -> bool:
+    """Whether a gradient flows through a value."""
+    node, i = v
+    flag = node.meta.get("requires_grad", False)
+    return bool(flag[i]) if isinstance(flag, (tuple, list)) else bool(flag)
+
+
+def dims(v: Value) -> tuple[frozenset[str], ...]:
+    """For each dim, which of batch and sequence its size depends on."""
+    node, i = v
+    found = node.meta.get("dims", ())
+    nested = isinstance(node.meta.get("val"), (tuple, list))
+    return tuple(found[i]) if nested and found else tuple(found)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result is (a part of) its first operand's memory, at no cost."""
+    if node.op != "call_function":
+        return False
+    if op_name(node) in VIEWS:
+        return True
+    given = operands(node)
+    if not given or len(tensors(node)) != 1 or not tensors(given[0]):
+        return False
+    return shares(tensors(node)[0], tensor(value(given[0])))
+
+
+def shares(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two traced tensors have one storage."""
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def parameter(v: Value) -> fx.Node | None:
+    """The parameter placeholder a value is a view of, or None."""
+    node = v[0]
+    while is_view(node) and operands(node):
+        node = value(operands(node)[0])[0]
+    return node if node.op == "placeholder" and node.meta.get("kind") == "parameter" else None
+
+
+def stored(v: Value) -> bool:
+    """Whether a value is a view of a parameter, a buffer or a constant: no activation."""
+    node = v[0]
+    while is_view(node) and operands(node):
+        node = value(operands(node)[0])[0]
+    return node.op == "placeholder" and node.meta.get("kind") in ("parameter", "buffer", "constant")
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= int(n)
+    return total
+
+
+def local_numel(v: Value, placement: Placement, degree: int) -> int:
+    """Elements of a value one device holds."""
+    return numel(local_shape(placement, tuple(tensor(v).shape), degree))
