@@ -49,7 +49,7 @@ class Attention(nn.Module):
         return weights if self.dropout is None else self.dropout(weights)
 
     def _repeat(self, x: Tensor) -> Tensor:
-        """(batch, kv_heads, length, head_dim) → (batch, heads, length, head_dim): each head serves its group of queries."""
+        """(batch, kv_heads, length, head_dim) → (batch, heads, …): each head serves its group of queries."""
         if self.repeats == 1:
             return x
         batch, _, length, size = x.shape

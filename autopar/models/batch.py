@@ -22,9 +22,9 @@ def example_batch(
 ) -> dict[str, Tensor]:
     """Random inputs and labels by the names of the model's forward, on the CPU, equal for equal ``seed``.
 
-    Language models: input_ids and labels (sequences, length); encoder-decoders: decoder_input_ids too; image classifiers:
-    pixel_values (sequences, channels, height, width) and labels (sequences,). ``source``: where the model was built
-    from, needed where that is a Python function: the batch is then what its `example_batch(sequences, length)` returns.
+    Language models: input_ids and labels (sequences, length); encoder-decoders: decoder_input_ids too; image
+    classifiers: pixel_values (sequences, channels, height, width) and labels (sequences,). ``source``: where the
+    model was built from; where that is a Python function, its `example_batch(sequences, length)` makes the batch.
     """
     generator = torch.Generator().manual_seed(seed)
 

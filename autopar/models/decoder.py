@@ -13,7 +13,7 @@ from autopar.spec.model import DecoderSpec
 
 
 class Decoder(nn.Module):
-    """The decoder of a spec. It holds parameters only, no buffers: position tables and masks are computed from sizes."""
+    """The decoder of a spec. It holds parameters only: position tables and masks are computed from sizes."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits (batch, length, vocab).
 
-        input_ids (batch, length). position_ids (batch, length), by default 0, 1, …; `rope_2d` also takes (batch, 2, length).
-        attention_mask: (batch, length), 0 at padding, beside the causal mask; or (batch, 1, length, length), which replaces it.
+        input_ids (batch, length). position_ids (batch, length), by default 0, 1, …; (batch, 2, length) for `rope_2d`.
+        attention_mask: (batch, length), 0 at padding, beside the causal mask; (batch, 1, length, length) replaces it.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
 
 def additive_mask(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """0 where a query may see a key and the dtype's lowest number elsewhere, broadcasting to (batch, 1, length, length)."""
+    """0 where a query may see a key, elsewhere the dtype's lowest number; broadcasts to (batch, 1, length, length)."""
     length, lowest = hidden.shape[1], torch.finfo(hidden.dtype).min
     if attention_mask is None:
         return torch.full((length, length), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)

@@ -19,13 +19,13 @@ EXPERTS = "batched_mm"
 LEGACY = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "dtype", "num_labels", "id2label", "label2id"})
 """Options that transformers still reads although no config lists them."""
 MISSPELLED = 0.85
-"""Likeness (difflib's ratio) from which an unknown option is a misspelling, not a harmless extra of an old config.json."""
+"""difflib's ratio from which an unknown option is a misspelling, not a harmless extra of an old config.json."""
 
 
 def build_huggingface(
     name: str, config: Mapping[str, Any] | None, *, meta: bool, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model of a type and its config (weights initialized), or of a checkpoint: a folder or a GGUF file (weights read).
+    """The model of a type and its config (weights initialized), or of a checkpoint (weights read).
 
     The class is a causal language model, sequence-to-sequence, masked language model or image classifier, whichever
     transformers has for the config, else the plain model; a checkpoint's config may name its own.
@@ -101,7 +101,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _order(config: Any, auto: Any) -> list[Any]:
-    """Kinds of models, the likeliest first; types that are both masked and causal are encoders unless they say otherwise."""
+    """Kinds of models, likeliest first; types that are masked and causal are encoders unless they say otherwise."""
     if getattr(config, "is_encoder_decoder", False):
         return [auto.AutoModelForSeq2SeqLM, auto.AutoModel]
     language = [auto.AutoModelForMaskedLM, auto.AutoModelForCausalLM]

@@ -22,8 +22,8 @@ def build(model: ModelSource, *, meta: bool, dtype: torch.dtype | None = None, s
     """The module of a spec, a model's name in `specs/models/`, or any `model:` entry of a job, in training mode.
 
     ``meta``: on the meta device, no weights are allocated or read. Otherwise weights come from the checkpoint where the
-    source is one, else from the module's own initialization under ``seed``. ``dtype``: of all floating tensors (default: what
-    the source says). Nothing is downloaded. Raises SpecError for what the user can mend.
+    source is one, else from the module's own initialization under ``seed``. ``dtype``: of all floating tensors
+    (default: what the source says). Nothing is downloaded. Raises SpecError for what the user can mend.
     """
     with _seeded(seed):
         if isinstance(model, DecoderSpec):

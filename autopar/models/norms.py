@@ -9,7 +9,7 @@ from autopar.spec.model import DecoderSpec
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight over the last dim; the quotient in float32 at least (Zhang and Sennrich 2019; Llama)."""
+    """x / √(mean(x²) + eps) · weight over the last dim; in float32 at least (Zhang and Sennrich 2019; Llama)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

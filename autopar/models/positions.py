@@ -1,4 +1,4 @@
-"""How attention learns of positions: rotary (also in two dimensions) or ALiBi. Tables are computed once a forward pass."""
+"""How attention learns of positions: rotary (also in two dimensions) or ALiBi. Tables are computed once."""
 
 from __future__ import annotations
 

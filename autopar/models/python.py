@@ -16,7 +16,7 @@ from autopar.errors import SpecError, suggestion
 
 
 def build_python(name: str, kwargs: Mapping[str, Any], *, meta: bool, dtype: torch.dtype | None = None) -> nn.Module:
-    """Call the function (under `torch.device("meta")` if ``meta``) and return its module; SpecError where that fails."""
+    """Call the function (under `torch.device("meta")` if ``meta``) for its module; SpecError where that fails."""
     function = find_function(name)
     try:
         with torch.device("meta") if meta else contextlib.nullcontext():
@@ -47,7 +47,9 @@ def find_function(name: str) -> Callable[..., Any]:
 def batch_function(name: str) -> Callable[..., Any] | None:
     """``example_batch(sequences, length)`` of the builder: its attribute of that name, or its module's function."""
     function = find_function(name)
-    own = getattr(function, "example_batch", None) or getattr(sys.modules[name.partition(":")[0]], "example_batch", None)
+    own = getattr(function, "example_batch", None) or getattr(
+        sys.modules[name.partition(":")[0]], "example_batch", None
+    )
     return own if callable(own) else None
 
 
@@ -57,7 +59,9 @@ def _import(path: str, name: str) -> Any:
             return importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
-                raise SpecError(f"model: there is no module '{error.name}' for {name}; is its package installed?") from None
+                raise SpecError(
+                    f"model: there is no module '{error.name}' for {name}; is its package installed?"
+                ) from None
             raise SpecError(f"model: importing '{path}' failed: {_short(error)}") from error
         except Exception as error:
             raise SpecError(f"model: importing '{path}' raised {type(error).__name__}: {_short(error)}") from error

@@ -49,8 +49,8 @@ def shrink(model: ModelSource) -> ModelOrigin:
     """A source of the same architecture with few layers (an odd number), narrow, and with a small vocabulary.
 
     Which of 2 and 4 divide the head counts stays as it is, so does the number of queries a key serves up to 4, and
-    whether the vocabulary is odd. Dropout is off: a proof compares numbers. A Python builder's source comes back as it is, and so
-    do models that are small already. A checkpoint becomes its type and config: the weights would not fit the sizes.
+    whether the vocabulary is odd. Dropout is off: a proof compares numbers. Sizes that are small already stay, and a
+    Python builder's source comes back as it is. A checkpoint becomes its type and config: its weights would not fit.
     """
     if isinstance(model, DecoderSpec):
         return ModelOrigin(declared=_declared(model).model_dump())
@@ -97,7 +97,9 @@ def _config(config: Any, given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(size, int) and size > cap:
             small[key] = _vocab(size) if key == "vocab_size" else cap
     small |= _widths(config) | _token_ids(config, small.get("vocab_size"))
-    small |= {key: 0.0 for key, p in config.to_dict().items() if isinstance(p, float) and ("dropout" in key or "pdrop" in key)}
+    small |= {
+        key: 0.0 for key, p in config.to_dict().items() if isinstance(p, float) and ("dropout" in key or "pdrop" in key)
+    }
     # what lists the layers one by one is cut to their number
     kept = {k: v[:LAYERS] if isinstance(v, list) and len(v) == layers else v for k, v in given.items()}
     names = config.attribute_map

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -52,21 +54,34 @@ def load_family(name: str, where: str = "model") -> Family:
 
 
 def family_of(model_type: str) -> Family | None:
-    """The family that covers a Hugging Face model type (`qwen2` → llama's), or None."""
-    return next((f for f in map(load_family, families()) if model_type in f.covers), None)
+    """The family of that name, or that covers a Hugging Face model type (`qwen2` → llama's), or None."""
+    known = families()
+    if model_type in known:
+        return load_family(model_type)
+    return next((f for f in map(load_family, known) if model_type in f.covers), None)
 
 
-def role_of(path: str, model_type: str | None = None) -> str | None:
-    """The role of the module at ``path``.
+def roles(names: Iterable[str], model_type: str | None = None) -> dict[str, str]:
+    """The role of every parameter or module in ``names`` that has one, by the family of the model.
 
-    ``model_type``: a Hugging Face type or a family's name, whose globs alone count; None asks every family, and answers
-    only where those that know the path agree.
+    ``model_type``: a Hugging Face type or a family's name. Without one, or with one that no family covers, it is the
+    family that gives most names a role.
     """
-    if model_type is not None:
-        family = family_of(model_type) or (load_family(model_type) if model_type in families() else None)
-        return family.role(path) if family else None
-    found = {role for f in map(load_family, families()) if (role := f.role(path))}
-    return found.pop() if len(found) == 1 else None
+    names = list(names)
+    family = family_of(model_type) if model_type is not None else None
+    candidates = [family] if family else [load_family(name) for name in families()]
+    paths = {name: _module(name) for name in names}
+    found = []
+    for candidate in candidates:
+        known = {path: candidate.role(path) for path in set(paths.values())}
+        found.append({name: role for name, path in paths.items() if (role := known[path])})
+    return max(found, key=len, default={})
+
+
+def _module(name: str) -> str:
+    """The module path of a parameter's name, without `weight` or `bias`, all instances of a block as its first."""
+    path, _, last = name.rpartition(".")
+    return re.sub(r"\.\d+(?=\.|$)", ".0", path if last in ("weight", "bias") else name)
 
 
 def all_roles() -> list[str]:

@@ -17,7 +17,7 @@ Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "ge
 
 
 class RopeScaling(Spec):
-    """Llama 3.1's stretch of the low frequencies (`rope_type: llama3`), from ``original_length`` to a longer context."""
+    """Llama 3.1's stretch of the low frequencies (`rope_type: llama3`) beyond ``original_length``."""
 
     factor: Positive
     low_frequency_factor: Positive = 1.0
@@ -54,7 +54,7 @@ class Dropout(Spec):
 
 
 class Initializer(Spec):
-    """Normal weights of deviation ``std``; ``scale_residual`` divides it by √(2·layers) where a sublayer ends (GPT-2)."""
+    """Normal weights of deviation ``std``; ``scale_residual``: / √(2·layers) where a sublayer ends (GPT-2)."""
 
     std: Positive = 0.02
     scale_residual: Flag = False
@@ -63,10 +63,10 @@ class Initializer(Spec):
 class DecoderSpec(Spec):
     """One decoder. Fields left out come from the family; ``ffn`` of a plain MLP is 4·hidden, ``kv_heads`` is heads.
 
-    block: ``sequential``; ``parallel`` (Falcon 7B: one norm feeds attention and MLP); ``parallel_two_norms`` (Falcon 40B);
-    ``scaled_norm_residual`` (ChatGLM: the residual is the norm's output times √(2·layers)).
-    qkv: ``separate``; ``grouped``, one matrix laid out (kv_head, [queries, key, value], head_dim), as in BLOOM and Falcon;
-    ``concatenated``, one matrix q | k | v, as in ChatGLM2 and MPT.
+    block: ``sequential``; ``parallel`` (Falcon 7B: one norm feeds attention and MLP); ``parallel_two_norms`` (Falcon
+    40B); ``scaled_norm_residual`` (ChatGLM: the residual is the norm's output times √(2·layers)).
+    qkv: ``separate``; ``grouped``, one matrix laid out (kv_head, [queries, key, value], head_dim), as in BLOOM and
+    Falcon; ``concatenated``, one matrix q | k | v, as in ChatGLM2 and MPT.
     """
 
     family: str

@@ -11,14 +11,30 @@ from autopar.models.decoder import Decoder
 from autopar.spec.model import resolve
 
 LLAMA = dict(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=61
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    vocab_size=61,
 )
 OURS = dict(layers=2, hidden=48, ffn=80, heads=6, kv_heads=2, vocab=61)
 STRETCH = dict(
-    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
 )
 FALCON = dict(
-    hidden_size=48, num_hidden_layers=2, num_attention_heads=6, vocab_size=61, bias=False, parallel_attn=True, alibi=False
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    vocab_size=61,
+    bias=False,
+    parallel_attn=True,
+    alibi=False,
 )
 SMALL = dict(layers=2, hidden=48, heads=6, vocab=61)
 QUIET = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -31,12 +47,19 @@ CASES = {
         {**LLAMA, "rope_parameters": STRETCH},
         dict(
             family="llama",
-            rope=dict(theta=5e5, scaling=dict(factor=8, low_frequency_factor=1, high_frequency_factor=4, original_length=64)),
+            rope=dict(
+                theta=5e5, scaling=dict(factor=8, low_frequency_factor=1, high_frequency_factor=4, original_length=64)
+            ),
             **OURS,
         ),
         "llama",
     ),
-    "qwen3": ("qwen3", {**LLAMA, "head_dim": 12}, dict(family="llama", head_dim=12, query_key_norm=True, **OURS), "llama"),
+    "qwen3": (
+        "qwen3",
+        {**LLAMA, "head_dim": 12},
+        dict(family="llama", head_dim=12, query_key_norm=True, **OURS),
+        "llama",
+    ),
     "qwen2": (
         "qwen2",
         {**LLAMA, "tie_word_embeddings": True},
@@ -70,7 +93,14 @@ CASES = {
     ),
     "glm, whose rotary positions and MLP are ChatGLM2's": (
         "glm",
-        {**LLAMA, "head_dim": 8, "attention_bias": True, "rope_parameters": HALF, "pad_token_id": 0, "rms_norm_eps": 1e-5},
+        {
+            **LLAMA,
+            "head_dim": 8,
+            "attention_bias": True,
+            "rope_parameters": HALF,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-5,
+        },
         dict(family="chatglm2", **OURS),
         "glm",
     ),
@@ -104,7 +134,9 @@ def test_logits_and_gradients_equal_transformers(case):
     gradients = _ours({n: p.grad for n, p in theirs.named_parameters()}, names)
     largest = max(g.abs().max().item() for g in gradients.values())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-9 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=0, atol=1e-9 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_padding_is_not_seen_as_in_transformers():
