@@ -19,7 +19,9 @@ def microbatches(
     """
     for name in batch.keys() - manifest.inputs.keys():
         near = suggestion(name, manifest.inputs)
-        raise AutoparError(f"the batch has '{name}', which the program does not take (it takes {_list(manifest)}){near}")
+        raise AutoparError(
+            f"the batch has '{name}', which the program does not take (it takes {_list(manifest)}){near}"
+        )
     for name in manifest.inputs.keys() - batch.keys():
         raise AutoparError(f"the batch has no '{name}'; the program takes {_list(manifest)}")
     cuts = {name: _cut(name, value, manifest, plan, replica, device) for name, value in batch.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +89,13 @@ def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Pat
     target, partial = _free(root, step), root / f".step-{step}.partial"
     _on_first(engine, lambda: _fresh(partial))
     try:
-        dcp.save(dict(_tensors(engine, engine.held)), checkpoint_id=partial, no_dist=world.mesh is None)
-    except (CheckpointException, OSError, RuntimeError) as error:
+        with _quiet():
+            dcp.save(dict(_tensors(engine, engine.held)), checkpoint_id=partial, no_dist=world.mesh is None)
+    except CheckpointException as error:  # raised on every rank when any fails
         _on_first(engine, lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise RuntimeFault(f"{target}: the checkpoint could not be written ({_cause(error)}); the previous one is kept") from None
+        raise RuntimeFault(
+            f"{target}: the checkpoint could not be written ({_cause(error)}); the previous one is kept"
+        ) from None
     state = {"step": step, "updates": _updates(engine), "optimizer": engine.optimizer.options.name, **(extra or {})}
     world.barrier()
     _on_first(engine, lambda: _publish(partial, target, state))
@@ -108,7 +113,8 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     if state["optimizer"] != ours:
         raise CheckpointError(f"{folder}: holds the state of {state['optimizer']}, the job's optimizer is {ours}")
     _check(folder, metadata, _expected(engine))
-    dcp.load(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
+    with _quiet():
+        dcp.load(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
     _copy_tied(engine)
     engine.optimizer.updates = state["step"]
     for held, moments in zip(engine.optimizer.held, engine.optimizer.state, strict=True):
@@ -220,6 +226,14 @@ def _free(root: Path, step: int) -> Path:
     """``step-N``, or ``step-N-1``, … where a checkpoint of this step exists: none is ever written over."""
     names = [f"step-{step}", *(f"step-{step}-{again}" for again in range(1, 1000))]
     return next(root / name for name in names if not (root / name).exists())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's remark that there is one process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _fresh(partial: Path) -> None:

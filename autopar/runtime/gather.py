@@ -49,7 +49,9 @@ def buffers(
                 counts = world.rank("dp") == 0 and (item.place.sharded or world.rank("tp") == 0)
                 value = module.get_buffer(item.path)
                 own.append((item.name, shard, value.byte() if value.dtype == torch.bool else value, counts))
-    dtypes = {n: (i.shape, torch.uint8 if i.torch_dtype == torch.bool else i.torch_dtype) for n, (_, i) in first.items()}
+    dtypes = {
+        n: (i.shape, torch.uint8 if i.torch_dtype == torch.bool else i.torch_dtype) for n, (_, i) in first.items()
+    }
     return {n: t.to(first[n][1].torch_dtype) for n, t in gather(own, dtypes, world).items()}
 
 

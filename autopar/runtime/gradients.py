@@ -27,7 +27,9 @@ class Sums:
         self.tied: list[tuple[list[Held], tuple[int, ...]]] = []
         for name, where in copies(manifest):
             if len({e.placement for _, e in where}) > 1:
-                raise PlanError(f"{name} is tied but placed differently: {', '.join(sorted({e.placement for _, e in where}))}")
+                raise PlanError(
+                    f"{name} is tied but placed differently: {', '.join(sorted({e.placement for _, e in where}))}"
+                )
             ranks = tuple(sorted({owner[stage] for stage, _ in where}))
             if len(ranks) > 1:
                 world.team(ranks)

@@ -107,7 +107,9 @@ class Manifest(_Data):
         try:
             return cls.model_validate(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise AutoparError(f"{folder}: no manifest.json there; is it a build folder of `autopar compile`?") from None
+            raise AutoparError(
+                f"{folder}: no manifest.json there; is it a build folder of `autopar compile`?"
+            ) from None
         except (ValidationError, json.JSONDecodeError) as error:
             raise AutoparError(f"{path}: not a manifest of this version of autopar: {error}") from None
 

@@ -33,7 +33,9 @@ def source_of(folder: Path, manifest: Manifest, build: Callable[[], nn.Module] |
             sources.append(Files(converted(folder / entry["gguf"], folder), entry.get("ignore", ())))
         elif "seed" in entry:
             if build is None:
-                raise AutoparError(f"{folder}: its weights come from a seed, which needs `build`, a function that makes the model")
+                raise AutoparError(
+                    f"{folder}: its weights come from a seed, which needs `build`, a function that makes the model"
+                )
             from autopar.runtime.seeded import Seeded
 
             sources.append(Seeded(build, entry["seed"]))

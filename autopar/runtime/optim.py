@@ -28,7 +28,9 @@ class Optimizer:
         self.state: list[dict[str, torch.Tensor]] = []
         for h in self.held:
             moments = [torch.zeros_like(h.local, dtype=dtype) for _ in self.moments]
-            self.state.append(dict(zip(self.moments, moments, strict=True)) | {"step": torch.zeros((), device=h.local.device)})
+            self.state.append(
+                dict(zip(self.moments, moments, strict=True)) | {"step": torch.zeros((), device=h.local.device)}
+            )
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -44,7 +46,9 @@ class Optimizer:
         plain, mixed = [], []
         for h, state in zip(self.held, self.state, strict=True):
             if h.grad is not None:
-                (plain if h.local.dtype == dtype_of(self.options.state) or not self.moments else mixed).append((h, state))
+                (plain if h.local.dtype == dtype_of(self.options.state) or not self.moments else mixed).append(
+                    (h, state)
+                )
         by_dtype: dict[torch.dtype, list[tuple[Held, dict[str, torch.Tensor]]]] = {}
         for h, state in plain:
             by_dtype.setdefault(h.local.dtype, []).append((h, state))

@@ -47,7 +47,13 @@ def spawn(function: Callable[..., Any], ranks: int, *args: Any, timeout: float =
 
 
 def _rank(
-    store: str, rank: int, ranks: int, threads: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    store: str,
+    rank: int,
+    ranks: int,
+    threads: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

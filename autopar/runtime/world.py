@@ -31,7 +31,9 @@ class World:
         Raises PlanError when the number of processes is not the plan's number of devices.
         """
         if shape.cp != 1:
-            raise PlanError(f"the runtime has no context-parallel axis; the plan has cp={shape.cp}, cp=1 would be right")
+            raise PlanError(
+                f"the runtime has no context-parallel axis; the plan has cp={shape.cp}, cp=1 would be right"
+            )
         device = device or local_device()
         if not dist.is_initialized() and "RANK" in os.environ:
             start(device)
@@ -44,7 +46,9 @@ class World:
             )
         if not dist.is_initialized():
             return cls(shape, device)
-        return cls(shape, device, init_device_mesh(device.type, tuple(getattr(shape, a) for a in AXES), mesh_dim_names=AXES))
+        return cls(
+            shape, device, init_device_mesh(device.type, tuple(getattr(shape, a) for a in AXES), mesh_dim_names=AXES)
+        )
 
     def rank(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)

@@ -106,7 +106,11 @@ class Replicas:
             assert p.grad is not None
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
         for grads in by_dtype.values():
-            flat = grads[0].view(-1) if len(grads) == 1 and grads[0].is_contiguous() else torch.cat([g.flatten() for g in grads])
+            flat = (
+                grads[0].view(-1)
+                if len(grads) == 1 and grads[0].is_contiguous()
+                else torch.cat([g.flatten() for g in grads])
+            )
             work = dist.all_reduce(flat, group=self.group, async_op=True)
             assert work is not None
             self.sent.append((grads, flat, work))

@@ -195,7 +195,9 @@ def _stage(folder: Path, plan: Plan, index: int, tied: bool, frozen: tuple[str, 
     if last:
         head = "embed.weight" if tied else "head.weight"
         parameters += [entry("head", head, [VOCAB, HIDDEN]), entry("gain", "gain", [])]
-    shift = [{"path": "shift", "name": "shift", "shape": [HIDDEN], "dtype": dtype, "placement": "R", "persistent": True}]
+    shift = [
+        {"path": "shift", "name": "shift", "shape": [HIDDEN], "dtype": dtype, "placement": "R", "persistent": True}
+    ]
     values = [
         {"name": "hidden", "shape": [plan.microbatch, LENGTH, HIDDEN], "dtype": dtype, "requires_grad": True},
         {"name": "ids", "shape": [plan.microbatch, LENGTH], "dtype": "int64", "requires_grad": False},
