@@ -72,10 +72,12 @@ def assign(job: Source, text: str) -> None:
     here: Any = job.data
     for depth, key in enumerate(keys[:-1]):
         here = _step(here, key, keys[:depth], label)
-    last = _index(here, keys[-1], label) if isinstance(here, list) else keys[-1]
-    if not isinstance(here, (dict, list)):
+    if isinstance(here, list):
+        here[_index(here, keys[-1], label)] = source.value(written, label)
+    elif isinstance(here, dict):
+        here[keys[-1]] = source.value(written, label)
+    else:
         raise SpecError(f"{label}: '{'.'.join(keys[:-1])}' is {here!r} and has no key '{keys[-1]}'")
-    here[last] = source.value(written, label)
     whole = tuple(int(key) if key.isdigit() and ("passes" in keys or "links" in keys) else key for key in keys)
     for mark in [m for m in job.marks if m[: len(whole)] == whole]:
         del job.marks[mark]

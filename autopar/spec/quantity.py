@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 _DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
@@ -17,7 +18,7 @@ FLOPS = {f"{prefix}FLOP/s": factor for prefix, factor in _DECIMAL.items()}
 _NUMBER = re.compile(r"\s*([-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(\S*(?:\s*/\s*s)?)\s*")
 
 
-def quantity(value: object, units: dict[str, float], example: str) -> float:
+def quantity(value: object, units: Mapping[str, float], example: str) -> float:
     """The number of ``value`` in SI units: a plain number, or text with one of ``units``.
 
     Raises ValueError with a message that names the unit, or says what would be right by ``example``.
@@ -37,7 +38,7 @@ def quantity(value: object, units: dict[str, float], example: str) -> float:
     return number
 
 
-def _factor(unit: str, units: dict[str, float], value: str, example: str) -> float:
+def _factor(unit: str, units: Mapping[str, float], value: str, example: str) -> float:
     unit = unit.replace(" ", "")
     if not unit:
         return 1.0
