@@ -90,8 +90,10 @@ def _differs(placement: Placement, shards: list[torch.Tensor], want: torch.Tenso
         return f"has shape {tuple(have.shape)}, not {tuple(want.shape)}"
     if placement.kind == "R" and any(not torch.equal(s, shards[0]) for s in shards):
         return "is not the same on every device"
-    if not torch.allclose(have.double(), want.double(), RELATIVE, ABSOLUTE, equal_nan=True):
-        return f"is off by {float((have.double() - want.double()).abs().max()):.3g}"
+    exact = torch.complex128 if want.is_complex() else torch.float64
+    have, want = have.detach().to(exact), want.detach().to(exact)
+    if not torch.allclose(have, want, RELATIVE, ABSOLUTE, equal_nan=True):
+        return f"is off by {float((have - want).abs().max()):.3g}"
     return ""
 
 

@@ -124,6 +124,12 @@ _TEXTS: dict[Any, str | None] = {}
 _STRATEGIES: dict[Any, list[Strategy]] = {}
 
 
+def clear() -> None:
+    """Forget what was computed for calls seen before (rules stay)."""
+    _TEXTS.clear()
+    _STRATEGIES.clear()
+
+
 def sentence_of(node: fx.Node) -> str | None:
     """The sentence of a call's rule, or None: no rule, or no freedom in this call."""
     if node.op != "call_function":
