@@ -44,8 +44,10 @@ class Attention(nn.Module):
         return self.output(mixed.reshape(hidden.shape[0], hidden.shape[1], -1))
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        wide = wide_dtype(scores.dtype) if self.softmax_float32 else scores.dtype
-        weights = torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
+        if self.softmax_float32:
+            weights = torch.softmax(scores, dim=-1, dtype=wide_dtype(scores.dtype)).to(scores.dtype)
+        else:
+            weights = torch.softmax(scores, dim=-1)
         return weights if self.dropout is None else self.dropout(weights)
 
     def _repeat(self, x: Tensor) -> Tensor:

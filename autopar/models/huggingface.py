@@ -65,11 +65,32 @@ def _check_options(name: str, config: Mapping[str, Any], kind: Any) -> None:
 
 def _pretrained(name: str, made: Any, options: dict[str, Any]) -> nn.Module:
     folder, extra = _checkpoint(name)
+    options = {"experts_implementation": EXPERTS, **options}
     with _explained(f"the checkpoint '{name}'", kind=CheckpointError):
         kind = _model_class(made)
-        return kind.from_pretrained(
-            folder, config=made, local_files_only=True, experts_implementation=EXPERTS, **extra, **options
-        ).train()
+        if "gguf_file" in extra:
+            return _read_gguf(kind._from_config(made, **options), str(Path(folder, extra["gguf_file"]))).train()
+        return kind.from_pretrained(folder, config=made, local_files_only=True, **options).train()
+
+
+def _read_gguf(model: nn.Module, path: str) -> nn.Module:
+    """The model with a GGUF file's weights in it, dequantized; CheckpointError where some are missing.
+
+    `from_pretrained(gguf_file=)` does the same but asks for accelerate.
+    """
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    state = model.state_dict()
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    loaded = {state[key].data_ptr() for key in tensors if key in state}
+    wrong = [
+        *unexpected,
+        *(key for key in missing if state[key].data_ptr() not in loaded),
+    ]  # a tied tensor is there once
+    if wrong:
+        raise CheckpointError(f"model: '{path}' does not fit a {type(model).__name__}: {', '.join(wrong[:5])} …")
+    return model
 
 
 def _checkpoint(name: str) -> tuple[str, dict[str, str]]:

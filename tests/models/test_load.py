@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopar.errors import AutoparError, SpecError
+from autopar.errors import AutoparError, CheckpointError, SpecError
 from autopar.models.batch import example_batch
 from autopar.models.decoder import Decoder
 from autopar.models.load import build
@@ -61,6 +61,57 @@ def test_a_checkpoint_folder_gives_its_weights_and_on_meta_none(tmp_path):
     loaded = build({"hf": str(tmp_path)}, meta=False)
     assert all(torch.equal(value, saved.state_dict()[key]) for key, value in loaded.state_dict().items())
     assert all(p.is_meta for p in build({"hf": str(tmp_path)}, meta=True).parameters())
+
+
+def test_a_gguf_file_gives_its_weights(tmp_path):
+    saved = build({"hf": "llama", "config": SMALL}, meta=False, seed=5)
+    write_gguf(tmp_path / "tiny.gguf", saved.state_dict(), saved.config)
+    loaded = build({"hf": str(tmp_path / "tiny.gguf")}, meta=False)
+    assert type(loaded) is type(saved) and loaded.config.num_hidden_layers == 2
+    assert all(torch.equal(value, saved.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert all(p.is_meta for p in build({"hf": str(tmp_path / "tiny.gguf")}, meta=True).parameters())
+
+
+def test_a_gguf_file_without_some_weights_is_refused_by_their_names(tmp_path):
+    saved = build({"hf": "llama", "config": SMALL}, meta=False)
+    kept = {key: value for key, value in saved.state_dict().items() if "layers.1.mlp.up_proj" not in key}
+    write_gguf(tmp_path / "tiny.gguf", kept, saved.config)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        build({"hf": str(tmp_path / "tiny.gguf")}, meta=False)
+
+
+def write_gguf(path, state, config):
+    """A Llama as llama.cpp's converter writes it: its names, queries and keys permuted for interleaved rotation."""
+    import gguf
+
+    names = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+    }
+    names |= {"up_proj": "ffn_up", "down_proj": "ffn_down", "input_layernorm": "attn_norm", "norm": "output_norm"}
+    names |= {"post_attention_layernorm": "ffn_norm", "lm_head": "output", "embed_tokens": "token_embd"}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(64)
+    for key, value in state.items():
+        parts = key.split(".")
+        block = f"blk.{parts[2]}." if "layers" in parts else ""
+        if parts[-2] in ("q_proj", "k_proj"):
+            value = value.unflatten(0, (config.num_attention_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(f"{block}{names[parts[-2]]}.weight", value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_a_declared_model_needs_no_transformers():
