@@ -90,6 +90,7 @@ def _arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("-o", "--output", metavar="DEVICE.yaml", help="the cluster file to write (default: print it)")
     elif name == "compare":
         add("models", nargs="+", metavar="MODEL", help="a name in specs/models, or a model file")
+        add("--length", type=_count, default=2048, metavar="TOKENS", help="of sequences, for FLOPs and activations")
     elif name == "explain":
         add("job", metavar="JOB_OR_PLAN", help=f"{_JOB}, a plan file or a build folder")
         add("--why", metavar="NODE", help="why this node or parameter is placed as it is")

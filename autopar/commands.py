@@ -201,15 +201,21 @@ def explain(args: argparse.Namespace, out: TextIO) -> int:
 
 def _document(name: str, sets: list[str]) -> PlanDocument:
     """The plan of a plan file, a build folder, or a job."""
+    found = _plan_file(name)
+    if found is None:
+        return _planned(read_job(name, sets), {})
     from autopar.plan.file import read_plan
 
+    return read_plan(found)
+
+
+def _plan_file(name: str) -> Path | None:
+    """The plan file that a command was given, also as a build folder; None for a job."""
     path = Path(name)
     if path.is_dir():
         _needs_build(path)
-        return read_plan(path)
-    if path.suffix == ".json" and path.is_file() and not _is_job(path):
-        return read_plan(path)
-    return _planned(read_job(name, sets), {})
+        return path / "plan.json"
+    return path if path.suffix == ".json" and path.is_file() and not _is_job(path) else None
 
 
 def _is_job(path: Path) -> bool:
@@ -226,10 +232,14 @@ def view(args: argparse.Namespace, out: TextIO) -> int:
     from autopar.plan.file import writable, write_text
 
     writable(args.output)
-    document = _document(args.job, args.sets)
-    from autopar.plan import draw
+    from autopar import api
 
-    write_text(args.output, draw.page(document))
+    if _plan_file(args.job) is None:
+        job, cache = read_job(args.job, args.sets), {}
+        page = api.page(_planned(job, cache), api.program_of(job, cache)[0])
+    else:
+        page = api.page(_document(args.job, args.sets))
+    write_text(args.output, page)
     if args.json:
         cli.write_json(out, {"page": args.output})
     else:
@@ -243,7 +253,7 @@ def calibrate(args: argparse.Namespace, out: TextIO) -> int:
 
     if args.output:
         writable(args.output)
-    from autopar.cost import calibrate as module
+    from autopar.cluster import calibrate as module
 
     measured = module.calibrate()
     text = module.as_yaml(measured)
@@ -260,9 +270,9 @@ def calibrate(args: argparse.Namespace, out: TextIO) -> int:
 
 def compare(args: argparse.Namespace, out: TextIO) -> int:
     """`autopar compare`: architectures side by side."""
-    from autopar import api
+    from autopar.models.compare import compare_models
 
-    rows = api.compare_models(args.models)
+    rows = compare_models(args.models, args.length)
     if args.json:
         cli.write_json(out, rows)
         return cli.EXIT_DONE

@@ -26,7 +26,7 @@ FORBIDDEN = {  # although a part in between may
     "lower": {"cost", "solve"},
     "runtime": {"solve", "cost"},
 }
-EVERYTHING = {"api", "cli", "commands", "__init__"}
+EVERYTHING = {"api", "cli", "commands", "executable", "proof", "__init__"}
 PASSES = {"autopar.ir", "autopar.kernels", "autopar.errors"}
 
 

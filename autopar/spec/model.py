@@ -77,6 +77,7 @@ class DecoderSpec(Spec):
     head_dim: Count = 0  # always set by _derived where hidden and heads are right
     ffn: Count
     vocab: Count
+    tokenizer: str = ""  # how text becomes ids, in words
     max_length: Count
     tied: Flag
     norm: Literal["layernorm", "rmsnorm"]

@@ -32,7 +32,7 @@ def quantity(value: object, units: Mapping[str, float], example: str) -> float:
         if match is None:
             raise ValueError(f"must be a quantity such as '{example}', not {value!r}")
         number = float(match[1].replace(",", "").replace("_", "")) * _factor(match[2], units, value, example)
-    number = float(f"{number:.12g}")  # 2.039 TB/s without the dust of binary fractions
+        number = float(f"{number:.12g}")  # 2.039 TB/s without the dust of binary fractions
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"must be positive, such as '{example}', not {value!r}")
     return number
