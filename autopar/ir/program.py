@@ -62,6 +62,11 @@ class Program:
         """The block calls, in order: block call i of a plan's stages is ``calls()[i]``."""
         return [n for n in self.graph.nodes if n.op == "call_module"]
 
+    def read(self) -> list[str]:
+        """The names of the tensors (parameters, buffers, constants) that the program reads."""
+        kinds = ("parameter", "buffer", "constant")
+        return [n.meta["name"] for n in self.graph.nodes if n.op == "placeholder" and n.meta["kind"] in kinds]
+
     def clone(self) -> Program:
         """A deep copy of the graphs; tensors are shared."""
         return replace(

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Program and plan → readable PyTorch, one SPMD module per stage."""

@@ -1,0 +1,127 @@
+"""compile(): the whole compiler on one screen, and what the commands do with jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopar.executable import Executable, page_of
+from autopar.plan.plan import PlanDocument
+from autopar.spec.job import Batch, Job
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autopar.cluster.cluster import Cluster
+    from autopar.ir.objective import Loss
+    from autopar.ir.program import Program
+    from autopar.ir.rewrite import Pass
+
+Passes = Iterable["Pass | Mapping[str, Any]"]
+Cache = dict[Any, tuple["Program", float]]
+
+
+def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, full: bool = False) -> Program:
+    """The model and its objective as a `Program`. See `autopar.ir.trace.trace`."""
+    from autopar.ir.trace import trace as run
+
+    return run(model, batch, loss=loss, full=full)
+
+
+def rewrite(program: Program, passes: Passes = ()) -> Program:
+    """``program`` after ``passes``. See `autopar.ir.rewrite.rewrite`."""
+    from autopar.ir.rewrite import rewrite as run
+
+    return run(program, passes)
+
+
+def compile(
+    model: nn.Module,
+    cluster_spec: Cluster | str | Path | Mapping[str, Any],
+    *,
+    batch: Any,
+    passes: Passes = (),
+    job: Job | None = None,
+    loss: Loss | None = None,
+) -> Executable:
+    """Trace, rewrite, plan and lower ``model`` for a cluster.
+
+    ``batch`` is an example of one *global* batch: its first dim counts the sequences of one optimizer step (a job's
+    ``batch`` overrides its sizes). ``loss(output, batch)`` returns ``(loss_sum, count)`` or a scalar mean.
+    """
+    from autopar.cluster.cluster import Cluster
+    from autopar.ir.specialize import example_sizes
+
+    job = job or Job()
+    cluster = Cluster.load(cluster_spec)
+    program = trace(model, batch, loss=loss)
+    if job.batch is None:
+        sizes = example_sizes(program)
+        job = job.model_copy(update={"batch": Batch(sequences=sizes["batch"], length=sizes.get("sequence", 1))})
+    program = rewrite(program, [*passes, *job.passes])
+    return Executable(program, planned(program, cluster, job), job)
+
+
+def planned(program: Program, cluster: Cluster, job: Job, trace_seconds: float = 0.0) -> PlanDocument:
+    """The best plan for a rewritten program."""
+    from autopar.solve.search import solve
+
+    document = solve(program, cluster, job)
+    search = document.search.model_copy(update={"trace_seconds": trace_seconds})
+    return document.model_copy(update={"search": search})
+
+
+def load(folder: str | Path) -> Executable:
+    """The executable that `Executable.save` or `autopar compile` wrote."""
+    return Executable.load(Path(folder))
+
+
+# ------------------------------------------------------------------ what the commands do with jobs
+
+
+def program_of(job: Job, cache: Cache | None = None) -> tuple[Program, float]:
+    """The rewritten program of a job, traced without weights, and the seconds it took; ``cache`` holds earlier ones."""
+    from autopar.models.batch import example_batch
+    from autopar.models.load import build
+
+    assert job.model is not None and job.batch is not None, "check_job runs before"
+    cache = {} if cache is None else cache
+    key = (job.model.model_dump_json(), job.batch.length, repr(job.passes))
+    if key not in cache:
+        start = time.perf_counter()
+        model = build(job.model, meta=True, seed=job.train.seed)
+        batch = example_batch(model, 2, job.batch.length, source=job.model)
+        program = rewrite(trace(model, batch), job.passes)
+        cache[key] = program, time.perf_counter() - start
+    return cache[key]
+
+
+def plan_job(job: Job, cache: Cache | None = None) -> PlanDocument:
+    """The plan of a job. Raises `AutoparError` where the job is wrong or nothing fits."""
+    from autopar.cluster.cluster import Cluster
+
+    program, seconds = program_of(job, cache)
+    return planned(program, Cluster.load(job.cluster), job, seconds)
+
+
+def compile_job(job: Job, folder: str | Path, plan: PlanDocument | None = None) -> Path:
+    """Write a job's executable into ``folder``, under ``plan`` or the best one."""
+    cache: Cache = {}
+    program, seconds = program_of(job, cache)
+    document = plan or plan_job(job, cache)
+    executable = Executable(program, document, job)
+    return executable.save(folder)
+
+
+def verify_job(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[str, Any]:
+    """Prove a job's executable equal to its model on one process. See `autopar.proof`."""
+    from autopar.proof import prove
+
+    return prove(job, ranks, shrink=shrink)
+
+
+def page(document: PlanDocument, program: Program | None = None) -> str:
+    """The plan as one HTML page."""
+    return page_of(document, program)

@@ -1,0 +1,124 @@
+"""A program under a plan: saved as a build folder, started under torchrun."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopar.errors import PlanError
+from autopar.plan.plan import Plan, PlanDocument
+from autopar.spec.job import Job
+
+if TYPE_CHECKING:
+    from autopar.ir.program import Program
+    from autopar.runtime.engine import Engine
+    from autopar.runtime.sources import Source
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass
+class Executable:
+    """What `autopar.compile` returns. ``program`` is None for one that was loaded from its folder."""
+
+    program: Program | None
+    document: PlanDocument
+    job: Job
+    folder: Path | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.document.plan
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the build folder. Weights of a model with real tensors are written along (safetensors)."""
+        target = Path(folder)
+        if self.program is None:
+            assert self.folder is not None
+            if target.resolve() != self.folder.resolve():
+                shutil.copytree(self.folder, target, dirs_exist_ok=True)
+            return target
+        from autopar.lower.build import build
+        from autopar.plan.text import summary
+
+        static = self.program.at(batch=self.plan.microbatch, length=self.length())
+        target.mkdir(parents=True, exist_ok=True)
+        return build(
+            static,
+            self.document,
+            target,
+            job=self.job.dump(),
+            weights=self.weights(target),
+            page=page_of(self.document, static),
+            summary=summary(self.document),
+        )
+
+    def length(self) -> int | None:
+        return self.job.batch.length if self.job.batch is not None else None
+
+    def weights(self, folder: Path) -> list[dict[str, Any]]:
+        """The manifest's list of where values come from: the job's checkpoint, this module's tensors, or a seed."""
+        assert self.program is not None
+        origin = self.job.model
+        tensors = {n: t for n, t in self.program.tensors.items() if not t.is_meta}
+        if origin is None and not all(n in tensors for n in self.program.parameters):
+            raise PlanError("the model has no weights (it is on the meta device) and the job names none; give job.model")
+        if origin is None:
+            from safetensors.torch import save_file
+
+            save_file({n: tensors[n].detach().cpu().contiguous().clone() for n in self.program.read()}, folder / WEIGHTS)
+            return [{"files": WEIGHTS}]
+        found: list[dict[str, Any]] = []
+        if origin.hf is not None and origin.config is None:
+            path = Path(origin.hf).expanduser().resolve()
+            found.append({"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path)})
+        return [*found, {"seed": self.job.train.seed}]
+
+    @classmethod
+    def load(cls, folder: Path) -> Executable:
+        from autopar.runtime.folder import BuildFolder
+
+        read = BuildFolder.read(folder)
+        if read.document is None:
+            raise PlanError(f"{folder}/plan.json: a bare plan without its costs; compile the job again")
+        return cls(None, read.document, read.job, folder)
+
+    def start(self, source: Source | None = None) -> Engine:
+        """The engine of this rank, under torchrun (one device: without). Values come from the traced module if it has any."""
+        from autopar.runtime.engine import Engine
+        from autopar.runtime.sources import Tensors
+
+        if self.folder is None:
+            self.folder = shared_folder(self)
+        if source is None and self.program is not None and not any(t.is_meta for t in self.program.tensors.values()):
+            source = Tensors(self.program.tensors)
+        return Engine(self.folder, source=source, build=self.builder())
+
+    def builder(self) -> Any:
+        """Makes the model without weights, for values that come from a seed."""
+        if self.job.model is None:
+            return None
+        from autopar.models.load import build
+
+        return lambda: build(self.job.model, meta=True)  # type: ignore[arg-type]
+
+
+def shared_folder(executable: Executable) -> Path:
+    """A folder that this rank's executable is written into; each rank writes its own, they are equal."""
+    folder = Path(tempfile.mkdtemp(prefix="autopar-"))
+    made = Executable(executable.program, executable.document, executable.job.model_copy(update={"model": None}))
+    from autopar.lower.build import build
+
+    assert made.program is not None
+    static = made.program.at(batch=made.plan.microbatch, length=made.length())
+    return build(static, made.document, folder, job=executable.job.dump(), weights=[])
+
+
+def page_of(document: PlanDocument, program: Program | None = None) -> str:
+    """The plan's HTML page."""
+    from autopar.plan.draw import page
+
+    return page(document, str(program) if program is not None else None)
