@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
@@ -199,11 +198,7 @@ def _copy_tied(engine: Engine) -> None:
 def _updates(engine: Engine) -> dict[str, int]:
     """Canonical name → updates of that parameter, of all ranks."""
     own = {h.name: int(s["step"]) for h, s in zip(engine.optimizer.held, engine.optimizer.state, strict=True)}
-    if engine.world.mesh is None:
-        return own
-    everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {n: u for part in everyone for n, u in part.items()}
+    return {n: u for part in engine.world.everyone(own) for n, u in part.items()}
 
 
 def _on_first(engine: Engine, action: Any) -> None:
@@ -214,11 +209,7 @@ def _on_first(engine: Engine, action: Any) -> None:
             action()
         except OSError as caught:
             error = str(caught)
-    if engine.world.mesh is not None:
-        told = [error]
-        dist.broadcast_object_list(told, src=0)
-        error = told[0]
-    if error:
+    if error := engine.world.first_error(error):
         raise RuntimeFault(f"the checkpoint could not be written ({error}); the previous one is kept")
 
 

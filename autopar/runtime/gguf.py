@@ -23,13 +23,18 @@ def converted(path: Path, folder: Path) -> Path:
             _convert(path, target)
         except Exception as caught:  # told to all ranks below: the others would wait for ever
             error = f"{path}: cannot be read as GGUF: {caught}"
-    if dist.is_initialized():
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next(filter(None, errors), "")
+    error = next(filter(None, _everyone(error)), "")
     if error:
         raise CheckpointError(error)
     return target
+
+
+def _everyone(error: str) -> list[str]:
+    if not dist.is_initialized():
+        return [error]
+    errors = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return errors
 
 
 def _convert(path: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autopar.errors import AutoparError
+from autopar.plan.plan import Plan
 from autopar.sharding.placement import Placement, parse
 
 
@@ -64,11 +65,15 @@ class Boundary(_Data):
 
 
 class InputEntry(_Data):
-    """A batch key. ``shape`` is of one micro-batch of one replica; ``batched``: dim 0 counts sequences."""
+    """A batch key. ``shape`` is of one micro-batch of one replica; ``batched``: dim 0 counts sequences.
+
+    ``high``: whole numbers in it are below this (the vocabulary, the number of classes), where that is known.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     batched: bool = True
+    high: int | None = None
 
 
 class StageEntry(_Data):
@@ -99,6 +104,12 @@ class Manifest(_Data):
         """Every original name of a tensor, its canonical name first."""
         group = next((g for g in self.tied if canonical in g), (canonical,))
         return [canonical, *(n for n in group if n != canonical)]
+
+    def tokens(self, plan: Plan) -> int:
+        """Tokens (or samples, where the first input has no sequence) in a global batch."""
+        entry = next(iter(self.inputs.values()))
+        length = entry.shape[1] if len(entry.shape) == 2 else 1
+        return entry.shape[0] * length * plan.microbatches * plan.mesh.dp
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

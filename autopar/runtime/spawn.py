@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.errors import AutoparError, RuntimeFault
+from autopar.runtime.world import lost
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "autopar.runtime.engine"]
 
@@ -88,17 +89,12 @@ def _collect(pipes: list[Connection], processes: list[ForkServerProcess], timeou
                 kind, value = "failed", f"it died with exit status {processes[rank].exitcode}"
             if kind == "wrong":
                 raise value
-            if kind == "failed" and (failure is None or _victim(failure[1])):
+            if kind == "failed" and (failure is None or lost(failure[1])):
                 failure = (rank, value)
             results[rank] = value
     if failure is not None:
         raise RuntimeFault(f"rank {failure[0]} of {len(pipes)} failed: {failure[1]}")
     return [results[rank] for rank in range(len(pipes))]
-
-
-def _victim(message: str) -> bool:
-    """Whether a rank only lost its connection to another that failed first."""
-    return any(sign in message for sign in ("Connection closed by peer", "Connection reset", "Connection refused"))
 
 
 def _end(processes: list[ForkServerProcess]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar.errors import PlanError
 from autopar.plan.plan import MeshShape
 
+VICTIM = 3  # exit status of a rank that only lost its connection to another
+_LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "remote process exited")
 AXES = ("pp", "dp", "tp")  # outermost (slowest links) first: ranks next to each other share a tp group
 
 
@@ -71,7 +74,7 @@ class World:
                 for t in range(self.shape.tp):
                     members = [int(grid[p, d, t]) for p in pp_ranks]
                     made = dist.new_group(members)
-                    if dist.get_rank() in members:
+                    if isinstance(made, dist.ProcessGroup) and dist.get_rank() in members:
                         mine = made
             self._teams[pp_ranks] = mine
         return self._teams[pp_ranks]
@@ -84,9 +87,26 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def everyone(self, value: Any) -> list[Any]:
+        """A picklable value from every rank, in rank order."""
+        if self.mesh is None:
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def first_error(self, error: str) -> str:
+        """The first non-empty message of any rank, on all ranks; an empty string where all went well."""
+        return next(filter(None, self.everyone(error)), "")
+
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()
+
+
+def lost(message: str) -> bool:
+    """Whether an error of torch.distributed only says that another rank has gone."""
+    return any(sign in message for sign in _LOST)
 
 
 def local_device() -> torch.device:

@@ -1,0 +1,193 @@
+"""The training run: what the emitted ``train.py`` calls on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from autopar.errors import AutoparError
+from autopar.runtime import checkpoint, report
+from autopar.runtime.data import Batches, batches_of
+from autopar.runtime.engine import Engine
+from autopar.runtime.folder import BuildFolder
+from autopar.runtime.memory import Meter
+from autopar.runtime.parameters import plain
+from autopar.runtime.sources import Source
+from autopar.runtime.world import VICTIM, lost
+
+CHECKPOINTS = "checkpoints"
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def main(
+    folder: str | Path,
+    *,
+    build: Callable[[], nn.Module] | None = None,
+    source: Source | None = None,
+    arguments: list[str] | None = None,
+) -> None:
+    """Train a build folder to the job's last step. Under torchrun, one call on each rank.
+
+    Takes ``--resume`` from the command line: go on from the last checkpoint, if there is one. Ends the process with
+    status 2 and one message when the user's input is wrong. On SIGTERM or SIGINT, saves and stops.
+    """
+    parser = argparse.ArgumentParser(description="Train this build folder (start it with torchrun).")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    resume = parser.parse_args(arguments).resume
+    _recorded(Path(folder).resolve(), resume, build, source)
+
+
+@record
+def _recorded(
+    folder: Path, resume: bool, build: Callable[[], nn.Module] | None, source: Source | None
+) -> None:  # `record` leaves an error file for the launcher
+    _die_with_parent()
+    stop = Stop()
+    try:
+        engine = Engine(folder, source=source, build=build)
+        Run(engine, BuildFolder.read(folder), stop).go(resume)
+    except AutoparError as error:
+        report.status(folder, "failed", message=str(error))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"autopar: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not lost(str(error)):
+            raise
+        raise SystemExit(VICTIM) from None  # the launcher names the rank that failed; this one has nothing to say
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # without it gloo aborts at exit now and then (torch 2.13)
+
+
+def _die_with_parent() -> None:
+    """A launcher that is killed must not leave ranks behind (Linux: ``prctl(PR_SET_PDEATHSIG, SIGKILL)``)."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Stop:
+    """Set by SIGTERM or SIGINT. All ranks look at it together, so all stop after the same step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class Run:
+    """One training run of an engine over its job's data."""
+
+    def __init__(self, engine: Engine, read: BuildFolder, stop: Stop):
+        self.engine, self.read, self.stop, self.world = engine, read, stop, engine.world
+        self.folder, self.options = read.path, read.job.train
+        self.root = self.folder / CHECKPOINTS
+        self.meter = Meter(self.world.device)
+
+    def go(self, resume: bool) -> None:
+        batches = batches_of(self.read, self.world, self.engine.seed)
+        start = self._start(resume)
+        self._say(f"{batches.describe()}; steps {start + 1} to {self.options.steps}")
+        interrupted, lines = self._loop(batches, start)
+        if not interrupted:
+            self._finish(lines, self.options.steps - start)
+
+    def _start(self, resume: bool) -> int:
+        """The number of steps already done."""
+        there = (self.root / checkpoint.LATEST).exists()
+        if resume and there:
+            self.engine.load(self.root)
+        elif resume:
+            self._say("no checkpoint to resume from: starting at the beginning")
+        elif there and self.world.first:
+            kept = next(p for i in range(1, 10000) if not (p := self.root.with_name(f"{CHECKPOINTS}-{i}")).exists())
+            self.root.rename(kept)
+            self._say(f"the checkpoints of an earlier run are kept in {kept.name}")
+        self.world.barrier()
+        return self.engine.optimizer.updates
+
+    def _loop(self, batches: Batches, start: int) -> tuple[bool, list[dict]]:
+        metrics = report.Metrics(self.folder, start) if self.world.first else None
+        progress = report.Progress(start, self.options.steps) if self.world.first else None
+        interrupted, saved = False, start
+        if self.world.first:
+            report.status(self.folder, "running")
+        try:
+            for step in range(start + 1, self.options.steps + 1):
+                loss, seconds = self._step(batches, step, measure=step == start + 1)
+                rate = self.read.manifest.tokens(self.read.plan) / seconds
+                if metrics is not None and progress is not None:
+                    metrics.add(
+                        step=step, loss=loss, tokens_per_second=rate, step_seconds=seconds, peak_bytes=self.meter.peak
+                    )
+                    progress.step(loss, rate)
+                interrupted = self.world.sum(float(self.stop.asked))[0] > 0
+                if interrupted or step == self.options.steps or self._due(step):
+                    self.engine.save(self.root)
+                    saved = step
+                if interrupted:
+                    break
+        finally:
+            if metrics is not None and progress is not None:
+                metrics.close()
+                progress.close()
+        if interrupted:
+            self._say(f"stopped as asked after step {saved}; its checkpoint is saved, --resume goes on from it")
+            if self.world.first:
+                report.status(self.folder, "interrupted", step=saved)
+        return interrupted, metrics.lines if metrics is not None else []
+
+    def _due(self, step: int) -> bool:
+        every = self.options.checkpoint_every
+        return every > 0 and step % every == 0
+
+    def _step(self, batches: Batches, step: int, *, measure: bool) -> tuple[float, float]:
+        """One step: loss and seconds. The first of a run is measured for memory, which makes it slow."""
+        begin = time.perf_counter()
+        batch = batches.batch(step - 1)
+        if measure:
+            with self.meter.first_step(alive(self.engine)):
+                loss = self.engine.step(batch)
+            self.meter.read()
+        else:
+            loss = self.engine.step(batch)
+        return loss, time.perf_counter() - begin
+
+    def _finish(self, lines: list[dict], own: int) -> None:
+        peaks = self.world.everyone(self.meter.peak)
+        if self.world.first:
+            found = report.summary(lines, own, peaks, self.read.document, self.meter.measures)
+            report.replace(self.folder / report.SUMMARY, json.dumps(found, indent=1))
+            report.status(self.folder, "done", step=self.options.steps)
+            self._say(report.table(found))
+            self._say(f"checkpoints, metrics and summary are in {self.folder}")
+
+    def _say(self, text: str) -> None:
+        if self.world.first:
+            print(text, file=sys.stderr, flush=True)
+
+
+def alive(engine: Engine) -> Iterator[torch.Tensor]:
+    """The tensors that live through a step: parameters, buffers, optimizer state."""
+    for held in engine.held:
+        yield plain(held.parameter).detach()
+    for _, _, module in engine.stages:
+        yield from module.buffers()
+    for state in engine.optimizer.state:
+        yield from state.values()
