@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from autopar.ir.ops import operands
 Shape = tuple[int, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parameters(target: torch._ops.OpOverload) -> tuple[tuple[str, bool, bool, Any], ...]:
     """(name, keyword only, has default, default) of every argument of an operator."""
     return tuple((a.name, a.kwarg_only, a.has_default_value(), a.default_value) for a in target._schema.arguments)
@@ -76,7 +76,7 @@ def term(names: Iterable[str], mark: str = "") -> str:
 
 
 def broadcast(shape_: Shape, names: list[str]) -> list[str]:
-    """The letters of an operand that broadcasts against dims called ``names``: aligned at the end, ``1`` for length 1."""
+    """The letters of an operand that broadcasts against ``names``, aligned at the end; ``1`` for a dim of length 1."""
     tail = names[len(names) - len(shape_) :]
     return ["1" if n == 1 else x for n, x in zip(shape_, tail, strict=True)]
 

@@ -15,8 +15,8 @@ from autopar.sharding.notation import Pieces
 
 @dataclass(frozen=True)
 class Spec:
-    """A random operand. Floats avoid zero (``positive``: and below); no gradient flows to a ``constant``; integers lie in
-    [0, high)."""
+    """A random operand. Floats avoid zero (``positive``: and below), integers lie in [0, high); no gradient flows to a
+    ``constant``."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float64
@@ -27,6 +27,8 @@ class Spec:
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         if self.dtype == torch.bool:
             return torch.rand(self.shape, generator=generator) < 0.7
+        if self.dtype.is_complex:
+            return torch.rand(self.shape, generator=generator, dtype=self.dtype) + (0.5 - 0.5j)
         if not self.dtype.is_floating_point:
             return torch.randint(self.high, self.shape, generator=generator, dtype=self.dtype)
         size = torch.rand(self.shape, generator=generator, dtype=torch.float64) + 0.25
@@ -35,7 +37,7 @@ class Spec:
 
     @property
     def differentiable(self) -> bool:
-        return self.dtype.is_floating_point and not self.constant
+        return (self.dtype.is_floating_point or self.dtype.is_complex) and not self.constant
 
 
 def tensor(*shape: int, positive: bool = False) -> Spec:

@@ -1,4 +1,4 @@
-"""The oracle: proves a strategy by trying it. Split the inputs as it says, run the operator on every shard, glue, compare.
+"""The oracle proves a strategy by trying it: split the inputs as it says, run every shard, glue, compare.
 
 Everything happens in one process, in float64: values by the placements of a strategy, gradients by the law of an edge
 (`autopar.sharding.redistribute`). Random values without zeros and distinct lengths keep accidental symmetry away.
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.ir.ops import operands
 from autopar.sharding.call import tensors
 from autopar.sharding.example import Example
 from autopar.sharding.placement import P, Placement, glue, local
@@ -75,7 +74,7 @@ def run(node: fx.Node, strategy: Strategy, shards: list[list[torch.Tensor]], deg
 def _split(placement: Placement, whole: torch.Tensor, degree: int, generator: torch.Generator) -> list[torch.Tensor]:
     if placement != P:
         return [local(placement, whole, r, degree) for r in range(degree)]
-    if not whole.is_floating_point():
+    if not (whole.is_floating_point() or whole.is_complex()):
         return [local(placement, whole, r, degree) for r in range(degree)]
     parts = [torch.rand(whole.shape, generator=generator, dtype=whole.dtype) + 0.5 for _ in range(degree - 1)]
     return [*parts, whole - sum(parts)]
@@ -111,19 +110,24 @@ def _prove_gradients(
     if not flows:
         return []
     ones = [torch.rand(expected[i].shape, generator=generator, dtype=expected[i].dtype) + 0.5 for i in flows]
-    want = torch.autograd.grad([expected[i] for i in flows], [x for x in leaves if x.requires_grad], ones,
-                               allow_unused=True)
+    want = torch.autograd.grad(
+        [expected[i] for i in flows], [x for x in leaves if x.requires_grad], ones, allow_unused=True
+    )
     outs, grads = [], []
     for rank in range(degree):
         for i, one in zip(flows, ones, strict=True):
             outs.append(made[rank][i])
             grads.append(local(wanted(strategy.outputs[i]), one, rank, degree))
     mine = [i for i, x in enumerate(leaves) if x.requires_grad]
-    have = torch.autograd.grad(outs, [local_leaves[i][r] for i in mine for r in range(degree)], grads, allow_unused=True)
+    have = torch.autograd.grad(
+        outs, [local_leaves[i][r] for i in mine for r in range(degree)], grads, allow_unused=True
+    )
     wrong = []
     for at, (i, expect) in enumerate(zip(mine, want, strict=True)):
-        parts = [torch.zeros_like(local_leaves[i][r]) if g is None else g
-                 for r, g in enumerate(have[at * degree : (at + 1) * degree])]
+        parts = [
+            torch.zeros_like(local_leaves[i][r]) if g is None else g
+            for r, g in enumerate(have[at * degree : (at + 1) * degree])
+        ]
         placement = grad_placement(strategy.inputs[i], strategy.replicated)
         expect = torch.zeros_like(leaves[i]) if expect is None else expect
         if why := _differs(placement, parts, expect):

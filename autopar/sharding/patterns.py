@@ -1,8 +1,8 @@
-"""Which pieces a dim of a graph's values may be cut in: what splits, cats and regrouping views make of their neighbours.
+"""Which pieces a dim of a graph's values may be cut in: what splits, cats and regrouping views make of neighbours.
 
-A fused projection (q, k, v in one matrix) is a plain linear to its own rule. The `split` behind it knows better: its input
-is a concatenation, so only a placement that cuts every piece evenly lets the parts be split. This file carries such pieces
-along letters, from operator to operator, until nothing new is found.
+A fused projection (q, k, v in one matrix) is a plain linear to its own rule. The `split` behind it knows better: its
+input is a concatenation, so only a placement that cuts every piece evenly lets the parts be split. This file carries
+such pieces along letters, from operator to operator, until nothing new is found.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ _TEXT = re.compile(r"S\((\d+)(?:\|([\d,]+))?\)")
 class Placement:
     """One tensor along one axis.
 
-    kind "R": every device holds all of it. "P": the devices' tensors sum to it. "S": split along ``dim``; with ``pieces``
-    the dim is a concatenation of pieces of these sizes and each piece is split evenly (fused q, k, v in one matrix).
+    kind "R": every device holds all of it. "P": the devices' tensors sum to it. "S": split along ``dim``; with
+    ``pieces`` the dim is a concatenation of pieces of these sizes, each split evenly (fused q, k, v in one matrix).
     """
 
     kind: Kind

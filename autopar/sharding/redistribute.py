@@ -1,7 +1,7 @@
 """The law of an edge: which collectives bring a value, and its gradient, from where it is to where it is wanted.
 
-A producer places its output as ``p``, a reader wants ``q``. Forward moves p → q. The reader's gradient for that input comes
-out as `grad_placement` says, the producer wants it as `wanted` says; backward moves the one to the other.
+A producer places its output as ``p``, a reader wants ``q``. Forward moves p → q. The reader's gradient for that input
+comes out as `grad_placement` says, the producer wants it as `wanted` says; backward moves the one to the other.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 
 from autopar.sharding.placement import P, Placement, R, glue, local
 
-Collective = Literal[
-    "none", "slice", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "all_gather_slice"
-]
+Collective = Literal["none", "slice", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "all_gather_slice"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def legal(p: Placement, q: Placement) -> bool:
 
 
 def collective(p: Placement, q: Placement) -> Collective:
-    """The one collective that brings ``p`` to ``q`` (``all_gather_slice``: other pieces of the same dim, gathered, cut anew)."""
+    """The one collective that brings ``p`` to ``q``; ``all_gather_slice``: a dim in other pieces, cut anew."""
     if not legal(p, q):
         raise ValueError(f"{p} cannot become {q}: only an operator makes a partial sum")
     if p == q:
@@ -69,7 +67,7 @@ def moves(p: Placement, q: Placement, grad: Placement | None) -> Moves | None:
 
 
 def volume(kind: Collective, bytes: float, degree: int) -> float:
-    """Bytes each device sends in a collective over ``degree`` devices on a tensor of ``bytes`` (the whole, not a shard).
+    """Bytes each device sends in a collective over ``degree`` devices on a tensor of ``bytes`` (all of it, no shard).
 
     Ring algorithms: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH".
     """

@@ -8,8 +8,8 @@ notation, or None where this call has no freedom::
         names = frozen(letters(len(shape(node))), [arguments(node)["dim"]])
         return f"{term(names)} -> {term(names)}"
 
-``localize=`` says which arguments change on local tensors, ``special=`` adds strategies with a local function of their own.
-The oracle (`autopar.sharding.oracle`) proves every example of every rule.
+``localize=`` says which arguments change on local tensors, ``special=`` adds strategies with a local function of their
+own. The oracle (`autopar.sharding.oracle`) proves every example of every rule.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import operator
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -34,6 +34,7 @@ from autopar.sharding.placement import P, Placement, R, S, local_shape
 from autopar.sharding.strategy import Strategy
 
 Text = Callable[[fx.Node], str | None]
+AnyText = TypeVar("AnyText", bound=Text)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ _BY_TARGET: dict[Any, Rule] = {}
 
 def rule(
     *targets: Any, examples: Sequence[Any], localize: Localize | None = None, special: Special | None = None
-) -> Callable[[Text], Text]:
+) -> Callable[[AnyText], AnyText]:
     """Register the decorated function for operator overloads, or for all that carry a `torch.Tag` (those with a rule of
     their own excepted). Raises `notation.NotationError` if one of them has a rule already."""
 
-    def register(text: Text) -> Text:
+    def register(text: AnyText) -> AnyText:
         file = inspect.getsourcefile(text) or "?"
         made = Rule(text, tuple(examples), localize, special, file)
         for target in targets:
@@ -92,13 +93,21 @@ def rules() -> Mapping[Any, Rule]:
     return _BY_TARGET
 
 
-@lru_cache(maxsize=None)
+@cache
 def find(target: Any) -> Rule | None:
-    """The rule of an operator: its own, else that of one of its tags."""
+    """The rule of an operator: its own, else that of one of its tags, else that of the operator it does in place."""
     known = rules()
     if target in known or not isinstance(target, torch._ops.OpOverload):
         return known.get(target)
-    return next((known[t] for t in target.tags if t in known), None)
+    tagged = next((known[t] for t in target.tags if t in known), None)
+    return tagged or find(_functional(target))
+
+
+def _functional(target: torch._ops.OpOverload) -> Any:
+    """``aten.masked_fill.Scalar`` for ``aten.masked_fill_.Scalar``; None for what is not in place."""
+    name = target._schema.name.split("::")[1]
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") and target.namespace == "aten" else None
+    return getattr(packet, target._overloadname, None)
 
 
 # ---------------------------------------------------------------------------------------------------- the cache
@@ -145,7 +154,7 @@ def sentence_of(node: fx.Node) -> str | None:
 
 
 def placements(shape: Shape, degree: int, patterns: Sequence[Mapping[int, set[Pieces]]] = ()) -> list[Placement]:
-    """Every placement of a tensor on ``degree`` devices but P. ``patterns``: dim → piece sizes it may also be cut in."""
+    """Every placement of a tensor on ``degree`` devices but P. ``patterns``: dim → pieces it may also be cut in."""
     found = [R]
     for dim, size in enumerate(shape):
         extra = sorted({p for by_dim in patterns for p in by_dim.get(dim, ())})
@@ -163,7 +172,7 @@ def strategies(node: fx.Node, degree: int, patterns: Mapping[fx.Node, Any] | Non
       shard of one is cut locally, by the edge's free ``slice``). What a block's inputs may be is its callers' affair:
       the solver ties them (`placements` lists the choices);
     - ``getitem``: the chosen output of its producer handed on, as it is (also as a partial sum);
-    - ``output`` and block calls: replicated; the solver ties them to the graph's outputs and to the block's own choices.
+    - ``output`` and block calls: replicated; the solver ties them to the graph's outputs and to the block's choices.
     """
     mine = (patterns or {}).get(node, {})
     if node.op == "call_function" and node.target is not operator.getitem:

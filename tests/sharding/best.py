@@ -1,4 +1,4 @@
-"""The cheapest choices for a graph under a toy cost: elements worked on, kept and moved by a device. An integer program."""
+"""The cheapest choices for a graph under a toy cost, elements worked on and moved by a device: an integer program."""
 
 from __future__ import annotations
 
@@ -85,8 +85,11 @@ def _group(options: list[Strategy], variables: list[Any], by: Any) -> dict[Any, 
 
 def summary(choices: dict[fx.Node, Strategy]) -> dict[str, str]:
     """Where each parameter lives: name → placement."""
-    return {n.meta["name"]: str(s.outputs[0]) for n, s in choices.items()
-            if n.op == "placeholder" and n.meta["kind"] == "parameter"}
+    return {
+        n.meta["name"]: str(s.outputs[0])
+        for n, s in choices.items()
+        if n.op == "placeholder" and n.meta["kind"] == "parameter"
+    }
 
 
 __all__ = ["R", "best", "summary"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -152,13 +152,45 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "bloom": lambda: _decoder("bloom", n_head=4, n_layer=2, attention="eager", **_DRY),
     "gpt_neox": lambda: _decoder("gpt_neox", intermediate_size=96, **_DRY),
     "gpt2": lambda: _decoder("gpt2", n_positions=32, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
-    "bert": lambda: MaskedLoss(_hf("bert", "AutoModelForMaskedLM", vocab_size=VOCAB, hidden_size=HIDDEN,
-                                   num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-                                   hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
-    "t5": lambda: Seq2SeqLoss(_hf("t5", "AutoModelForSeq2SeqLM", vocab_size=VOCAB, d_model=HIDDEN, d_kv=12, d_ff=96,
-                                  num_layers=2, num_heads=4, dropout_rate=0.0, attention="eager")),
-    "vit": lambda: ImageLoss(_hf("vit", "AutoModelForImageClassification", hidden_size=HIDDEN, num_hidden_layers=2,
-                                 num_attention_heads=4, intermediate_size=96, image_size=24, patch_size=8)),
+    "bert": lambda: MaskedLoss(
+        _hf(
+            "bert",
+            "AutoModelForMaskedLM",
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    ),
+    "t5": lambda: Seq2SeqLoss(
+        _hf(
+            "t5",
+            "AutoModelForSeq2SeqLM",
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            d_kv=12,
+            d_ff=96,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            attention="eager",
+        )
+    ),
+    "vit": lambda: ImageLoss(
+        _hf(
+            "vit",
+            "AutoModelForImageClassification",
+            hidden_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            image_size=24,
+            patch_size=8,
+        )
+    ),
     "conv": lambda: ImageLoss(Conv()),
     "encoder": Encoder,
     "handmade": Handmade,
@@ -167,12 +199,15 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 def batch(model: nn.Module) -> dict[str, torch.Tensor]:
     if isinstance(model, ImageLoss):
-        return {"pixel_values": torch.randn(BATCH, 3, 24, 24, dtype=torch.float64), "labels": torch.randint(2, (BATCH,))}
+        return {
+            "pixel_values": torch.randn(BATCH, 3, 24, 24, dtype=torch.float64),
+            "labels": torch.randint(2, (BATCH,)),
+        }
     ids = torch.randint(1, VOCAB, (BATCH, LENGTH))
     return {"input_ids": ids, "labels": torch.randint(1, VOCAB, (BATCH, LENGTH))}
 
 
-@lru_cache(maxsize=None)
+@cache
 def trace(name: str) -> fx.Graph:
     """The training graph of a family in float64, static and flat: placeholders carry their kind and tensor."""
     torch.manual_seed(0)
@@ -183,7 +218,9 @@ def trace(name: str) -> fx.Graph:
     kinds = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant", "USER_INPUT": "input"}
     tensors = {**exported.state_dict, **exported.constants}
     fresh = iter(made.values())
-    for spec, node in zip(exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder")):
+    for spec, node in zip(
+        exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
+    ):
         env[node] = graph.node_copy(node)
         value = next(fresh) if spec.kind.name == "USER_INPUT" else tensors[spec.target]
         env[node].meta.update(kind=kinds[spec.kind.name], name=spec.target, tensor=value.detach())
@@ -192,7 +229,7 @@ def trace(name: str) -> fx.Graph:
 
 
 def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> Any:
-    """Copy the operators of ``module`` behind those of ``graph``, regions opened, and what only export needs left out."""
+    """Copy the operators of ``module`` behind those of ``graph``: regions opened, what only export needs left out."""
     for node in module.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue

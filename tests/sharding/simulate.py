@@ -1,4 +1,4 @@
-"""Run a whole graph on several devices in one process: any choice of strategies, edges by the law, autograd backward."""
+"""Run a whole graph on several devices in one process: any choice of strategies, edges by the law, autograd."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def simulate(graph: fx.Graph, choices: Choices, degree: int) -> tuple[torch.Tens
     for node in graph.nodes:
         if node.op == "placeholder":
             trained, p = node.meta["kind"] == "parameter", placed(choices, node)
-            env[node] = [[local(p, node.meta["tensor"], r, degree).clone().requires_grad_(trained)]
-                         for r in range(degree)]
+            env[node] = [
+                [local(p, node.meta["tensor"], r, degree).clone().requires_grad_(trained)] for r in range(degree)
+            ]
             if trained:
                 leaves[node.meta["name"]] = p, [e[0] for e in env[node]]
         elif node.op == "output":

@@ -1,4 +1,4 @@
-"""Whole training graphs of many families: every operator has a rule, any choice of strategies gives the same gradients."""
+"""Whole training graphs of many families: every operator has a rule, any choice gives the same gradients."""
 
 from __future__ import annotations
 
@@ -58,12 +58,21 @@ def test_without_the_law_of_an_edge_the_gradients_are_wrong(monkeypatch: pytest.
 
 # Weights that a cheapest plan must split, by the end of their name; fused ones in their pieces.
 SPLIT = {
-    "gpt2": {"h.0.attn.c_attn.weight": "S(1|48,48,48)", "h.0.attn.c_attn.bias": "S(0|48,48,48)",
-             "h.0.attn.c_proj.weight": "S(0)", "h.0.mlp.c_fc.weight": "S(1)", "h.0.mlp.c_proj.weight": "S(0)"},
+    "gpt2": {
+        "h.0.attn.c_attn.weight": "S(1|48,48,48)",
+        "h.0.attn.c_attn.bias": "S(0|48,48,48)",
+        "h.0.attn.c_proj.weight": "S(0)",
+        "h.0.mlp.c_fc.weight": "S(1)",
+        "h.0.mlp.c_proj.weight": "S(0)",
+    },
     "gpt_neox": {"layers.0.attention.query_key_value.weight": "S(0)", "layers.0.attention.dense.weight": "S(1)"},
     "bloom": {"h.0.self_attention.query_key_value.weight": "S(0)", "h.0.self_attention.dense.weight": "S(1)"},
-    "bert": {"layer.0.attention.self.query.weight": "S(0)", "layer.0.attention.output.dense.weight": "S(1)",
-             "layer.0.intermediate.dense.weight": "S(0)", "layer.0.output.dense.weight": "S(1)"},
+    "bert": {
+        "layer.0.attention.self.query.weight": "S(0)",
+        "layer.0.attention.output.dense.weight": "S(1)",
+        "layer.0.intermediate.dense.weight": "S(0)",
+        "layer.0.output.dense.weight": "S(1)",
+    },
     "glm": {"layers.0.mlp.gate_up_proj.weight": "S(0|96,96)", "layers.0.mlp.down_proj.weight": "S(1)"},
     "mixtral": {"layers.0.mlp.experts.gate_up_proj": "S(1|96,96)", "layers.0.mlp.experts.down_proj": "S(2)"},
     "falcon_40b": {"h.0.self_attention.query_key_value.weight": "S(0)", "h.0.self_attention.dense.weight": "S(1)"},
@@ -88,8 +97,13 @@ def test_a_llama_has_everything_that_megatron_needs():
     patterns = collect_patterns(graph)
 
     def choices_of(part: str, parameter: str = "") -> set[str]:
-        nodes = [n for n in graph.nodes if n.op == "call_function" and part in str(n.target)
-                 and any(parameter in o.meta.get("name", "") for o in operands(n))]
+        nodes = [
+            n
+            for n in graph.nodes
+            if n.op == "call_function"
+            and part in str(n.target)
+            and any(parameter in o.meta.get("name", "") for o in operands(n))
+        ]
         assert nodes, (part, parameter)
         return set.intersection(*({str(s) for s in strategies(n, 2, patterns)} for n in nodes))
 

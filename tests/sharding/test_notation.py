@@ -13,7 +13,11 @@ def texts(*args: object, **kwargs: object) -> list[str]:
 
 def test_a_linear_is_split_by_rows_of_the_batch_by_columns_and_by_its_sum():
     assert texts("b m k+, n k+ -> b m n", [(2, 4, 6), (8, 6)], [(2, 4, 8)], 2) == [
-        "R,R->R", "S(0),R->S(0)", "S(1),R->S(1)", "S(2),S(1)->P", "R,S(0)->S(2)",
+        "R,R->R",
+        "S(0),R->S(0)",
+        "S(1),R->S(1)",
+        "S(2),S(1)->P",
+        "R,S(0)->S(2)",
     ]
 
 

@@ -63,8 +63,9 @@ def test_a_view_with_the_three_in_front_makes_three_pieces_and_with_the_three_be
 
 
 def test_slices_of_one_matrix_agree_on_their_common_pieces():
-    graph = graph_of(lambda x, w: (F.linear(x, w)[:, :8] * F.linear(x, w)[:, 8:16] * F.linear(x, w)[:, 16:]).sum(),
-                     (5, 3), (24, 3))
+    graph = graph_of(
+        lambda x, w: (F.linear(x, w)[:, :8] * F.linear(x, w)[:, 8:16] * F.linear(x, w)[:, 16:]).sum(), (5, 3), (24, 3)
+    )
     assert "->S(0|8,8,8)" in options(graph)["p_w_1"]
 
 
@@ -82,6 +83,7 @@ def test_a_graph_without_fused_dims_has_no_patterns():
 @pytest.mark.parametrize("heads", [4, 32])
 def test_pieces_are_few_or_not_offered_at_all(heads: int):
     """Halves of every head: worth a pattern for four heads, a nuisance for thirty-two."""
+
     def rotate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         a, b = F.linear(x, w).view(5, heads, 8).chunk(2, -1)
         return torch.cat([-b, a], -1).sum()

@@ -68,6 +68,13 @@ def test_gradients_are_never_wanted_as_partial_sums():
 
 
 def test_volumes_are_bytes_sent_by_a_device_in_ring_algorithms():
-    assert {k: volume(k, 120.0, 4) for k in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "none")} == {
-        "all_gather": 90.0, "reduce_scatter": 90.0, "all_reduce": 180.0, "all_to_all": 22.5, "slice": 0.0, "none": 0.0,
+    assert {
+        k: volume(k, 120.0, 4) for k in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "none")
+    } == {
+        "all_gather": 90.0,
+        "reduce_scatter": 90.0,
+        "all_reduce": 180.0,
+        "all_to_all": 22.5,
+        "slice": 0.0,
+        "none": 0.0,
     }

@@ -165,4 +165,3 @@ def test_two_rules_for_one_operator_are_refused_naming_both_files(tmp_path: Path
     sys.modules.pop("again", None)
     assert "aten.linear.default" in str(error.value)
     assert str(second) in str(error.value) and str(Path(rules.__path__[0]) / "linear.py") in str(error.value)
-

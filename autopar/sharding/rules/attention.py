@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from autopar.sharding.call import arguments, broadcast, letters, sentence, shape, term
-from autopar.sharding.example import example, tensor, truths
+from autopar.sharding.example import example, tensor
 from autopar.sharding.rule import rule
 
 aten = torch.ops.aten
@@ -19,7 +19,9 @@ sdpa = aten.scaled_dot_product_attention.default
         example(sdpa, tensor(2, 6, 4, 5), tensor(2, 6, 8, 5), tensor(2, 6, 8, 3), tensor(2, 1, 4, 8)),
         example(sdpa, tensor(2, 6, 4, 5), tensor(2, 6, 4, 5), tensor(2, 6, 4, 5), None, 0.0, True),
         example(sdpa, tensor(2, 12, 4, 5), tensor(2, 6, 4, 5), tensor(2, 6, 4, 5), None, 0.0, True, enable_gqa=True),
-        example(sdpa, tensor(3, 12, 4, 5), tensor(3, 2, 8, 5), tensor(3, 2, 8, 5), tensor(3, 12, 4, 8), enable_gqa=True),
+        example(
+            sdpa, tensor(3, 12, 4, 5), tensor(3, 2, 8, 5), tensor(3, 2, 8, 5), tensor(3, 12, 4, 8), enable_gqa=True
+        ),
         example(sdpa, tensor(2, 6, 4, 5), tensor(2, 1, 4, 5), tensor(2, 1, 4, 5), None, 0.0, False, enable_gqa=True),
         example(sdpa, tensor(6, 4, 5), tensor(6, 8, 5), tensor(6, 8, 5), tensor(4, 8)),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopar.sharding.call import arguments, broadcast, letters, shape, term, wrap
+from autopar.sharding.call import arguments, broadcast, letters, sentence, shape, term, wrap
 from autopar.sharding.example import example, integers, tensor
 from autopar.sharding.placement import P, R, S
 from autopar.sharding.rule import rule
@@ -35,14 +35,17 @@ def embedding(node: fx.Node) -> str:
 
 @rule(
     aten.gather.default,
+    aten.take_along_dim.default,
     examples=[
         example(aten.gather.default, tensor(4, 5), 1, integers(4, 6, high=5)),
         example(aten.gather.default, tensor(4, 6, 7), -1, integers(4, 2, 3, high=7)),
     ],
 )
-def gather(node: fx.Node) -> str:
+def gather(node: fx.Node) -> str | None:
     """Along the other dims an index of the same length goes with the tensor; a shorter one reads a part of it."""
     old, new = shape(node.args[0]), shape(node)
+    if arguments(node)["dim"] is None:
+        return None
     dim = wrap(arguments(node)["dim"], len(old))
     source = [f"a{i}" if i != dim and n == m else f"x{i}!" for i, (n, m) in enumerate(zip(old, new, strict=True))]
     index = [f"a{i}" if i == dim or n == m else f"y{i}!" for i, (n, m) in enumerate(zip(old, new, strict=True))]
@@ -86,6 +89,35 @@ def index(node: fx.Node) -> str | None:
     out = [*kept[:start], *made, *kept[start:]]
     terms = [term(broadcast(s, letters(len(common), "i"))) for s in shapes]
     return f"{', '.join([term(names, '~'), *terms])} -> {term(out, '~')}"
+
+
+@rule(
+    aten.index_add.default,
+    examples=[example(aten.index_add.default, tensor(4, 5, 6), 1, integers(3, high=5), tensor(4, 3, 6))],
+)
+def index_add(node: fx.Node) -> str:
+    """Dims other than the one added along go together; linear in both tensors at once."""
+    names = letters(len(shape(node)))
+    dim = wrap(arguments(node)["dim"], len(names))
+    held, source = ([f"{x}!" if i == dim else a for i, a in enumerate(names)] for x in "nm")
+    return sentence(node, term(held, "~"), self=term(held, "~"), index="m!", source=term(source, "~"))
+
+
+@rule(
+    aten.searchsorted.Tensor,
+    aten.bucketize.Tensor,
+    examples=[
+        example(aten.searchsorted.Tensor, tensor(5), tensor(4, 6)),
+        example(aten.bucketize.Tensor, tensor(4, 6), tensor(5)),
+    ],
+)
+def search(node: fx.Node) -> str | None:
+    """Values looked up in one sorted row; None for a row each."""
+    bound, names = arguments(node), letters(len(shape(node)))
+    sorted_ = "sorted_sequence" if "sorted_sequence" in bound else "boundaries"
+    if len(shape(bound[sorted_])) != 1:
+        return None
+    return sentence(node, term(names), **{sorted_: "n!", "self": term(names), "sorter": "n!"})
 
 
 @rule(aten.one_hot.default, examples=[example(aten.one_hot.default, integers(4, 6, high=5), 5)])

@@ -30,12 +30,12 @@ def _classes(node: fx.Node, tag: str) -> str | None:
 
 
 def vocab_cross_entropy(node: fx.Node, degree: int) -> list[Strategy]:
-    """Each device holds some classes; maximum, sum of exponentials and the label's logit are all-reduced (Megatron-LM)."""
+    """Each device holds some classes; maximum, sum of exponentials and the label's logit are all-reduced (Megatron)."""
     bound = arguments(node)
     logits = shape(bound["self"])
     dim = 1 if len(logits) > 1 else 0
-    plain = bound["weight"] is None and not bound["label_smoothing"] and not bound["target"].meta["val"].is_floating_point()
-    if not plain or logits[dim] % degree:
+    soft = bound["label_smoothing"] or bound["target"].meta["val"].is_floating_point()
+    if bound["weight"] is not None or soft or logits[dim] % degree:
         return []
     return [Strategy((S(dim), R), (R,), "vocab_cross_entropy")]
 

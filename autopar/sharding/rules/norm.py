@@ -54,10 +54,34 @@ def group_norm(node: fx.Node) -> str:
 
 
 @rule(
+    aten.instance_norm.default,
+    examples=[
+        example(aten.instance_norm.default, tensor(4, 6, 5), tensor(6), tensor(6), None, None, True, 0.1, 1e-5, False),
+    ],
+)
+def instance_norm(node: fx.Node) -> str | None:
+    """Batch and channels are apart; None where running statistics would be written in place."""
+    if arguments(node)["running_mean"] is not None:
+        return None
+    held = term(["n", "c", *(f"x{i}!" for i in range(len(shape(node)) - 2))])
+    return sentence(node, held, input=held, weight="c", bias="c")
+
+
+@rule(
     aten.batch_norm.default,
     examples=[
-        example(aten.batch_norm.default, tensor(4, 6, 5), tensor(6), tensor(6), constant(6), constant(6),
-                False, 0.1, 1e-5, False),
+        example(
+            aten.batch_norm.default,
+            tensor(4, 6, 5),
+            tensor(6),
+            tensor(6),
+            constant(6),
+            constant(6),
+            False,
+            0.1,
+            1e-5,
+            False,
+        ),
         example(aten.batch_norm.default, tensor(4, 6, 5), tensor(6), tensor(6), None, None, True, 0.1, 1e-5, False),
     ],
 )

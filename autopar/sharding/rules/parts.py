@@ -44,6 +44,7 @@ def split(node: fx.Node) -> str:
 
 @rule(
     aten.chunk.default,
+    aten.unsafe_chunk.default,
     examples=[
         example(aten.chunk.default, tensor(4, 12), 2, -1),
         example(aten.chunk.default, tensor(22, 3), 4),
@@ -181,8 +182,12 @@ def pad(node: fx.Node) -> str:
     aten.diff.default,
     aten.tril.default,
     aten.triu.default,
+    aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default,
+    aten.replication_pad2d.default,
     examples=[
         example(aten.flip.default, tensor(4, 6), [1]),
+        example(aten.reflection_pad1d.default, tensor(2, 6, 5), [1, 2]),
         example(aten.roll.default, tensor(4, 6), [2], [-1]),
         example(aten.diff.default, tensor(4, 6)),
         example(aten.diff.default, tensor(4, 6), 1, 0, tensor(2, 6)),
@@ -195,7 +200,8 @@ def along_dims(node: fx.Node) -> str | None:
     bound, rank = arguments(node), len(shape(node))
     if bound.get("dims") == []:
         return None
-    mixed = {wrap(d, rank) for d in bound.get("dims", [bound["dim"]] if "dim" in bound else [-2, -1])}
+    last = [-1] if "1d" in str(node.target) else [-2, -1]
+    mixed = {wrap(d, rank) for d in bound.get("dims", [bound["dim"]] if "dim" in bound else last)}
 
     def side(prefix: str) -> str:
         return term((f"{prefix}{i}!" if i in mixed else f"a{i}" for i in range(rank)), "~")

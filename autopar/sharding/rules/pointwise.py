@@ -8,14 +8,14 @@ import torch
 from torch import fx
 
 from autopar.ir.ops import operands
-from autopar.sharding.call import arguments, broadcast, input_shapes, letters, shape, term
-from autopar.sharding.example import example, integers, tensor, truths
+from autopar.sharding.call import arguments, broadcast, frozen, input_shapes, letters, shape, term
+from autopar.sharding.example import Spec, example, integers, tensor, truths
 from autopar.sharding.rule import rule
 
 aten = torch.ops.aten
 
 # Operators linear in a single operand, in all operands together, in each of two operands.
-_SINGLE = {"neg", "positive", "real", "view_as", "clone", "contiguous"}
+_SINGLE = {"neg", "positive", "real", "imag"}
 _JOINT = {"add", "sub", "rsub"}
 _EACH = {"mul", "multiply"}
 
@@ -67,7 +67,18 @@ def _marks(node: fx.Node) -> tuple[list[str], str]:
     aten.relu6.default,
     aten.elu.default,
     aten.selu.default,
+    aten.hardswish.default,
+    aten.log_sigmoid.default,
+    aten.floor_divide.default,
+    aten.complex.default,
+    aten.polar.default,
+    aten.real.default,
+    aten.imag.default,
+    aten.fill.Scalar,
     examples=[
+        example(aten.polar.default, tensor(4, 6, positive=True), tensor(4, 6)),
+        example(aten.real.default, Spec((4, 6), torch.complex128)),
+        example(aten.mul.Tensor, Spec((4, 6), torch.complex128), Spec((1, 6), torch.complex128)),
         example(aten.add.Tensor, tensor(2, 4, 6), tensor(6), alpha=2),
         example(aten.add.Tensor, tensor(2, 1, 6), tensor(4, 1)),
         example(aten.add.Tensor, tensor(2, 6), 1.5),
@@ -124,7 +135,13 @@ def _linear_cast(node: fx.Node) -> bool:
     aten.alias.default,
     aten.detach.default,
     aten.lift_fresh_copy.default,
+    aten.to.prim_Device,
     aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.bernoulli.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
@@ -145,10 +162,11 @@ def _linear_cast(node: fx.Node) -> bool:
 def copies(node: fx.Node) -> str:
     """One tensor in, one of its shape out. A real dropout is not linear: partial sums would need one mask."""
     names, bound, name = letters(len(shape(node))), arguments(node), base_name(node.target)
-    if name == "dropout":
+    if "dropout" in name:
         linear = not bound["train"] or bound["p"] == 0
+        names = letters(len(names)) if name == "dropout" else frozen(names, range(len(names)))
     else:
-        linear = not name.endswith("_like") and _linear_cast(node)
+        linear = not name.endswith("_like") and name != "bernoulli" and _linear_cast(node)
     mark = "~" if linear else ""
     others = [term(f"x{i}!" for i in range(len(s))) for s in input_shapes(node)[1:]]
     return f"{', '.join([term(names, mark), *others])} -> {term(names, mark)}"

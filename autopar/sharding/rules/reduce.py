@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopar.sharding.call import arguments, frozen, letters, output_shapes, shape, term, wrap
+from autopar.sharding.call import arguments, broadcast, frozen, input_shapes, letters, output_shapes, shape, term, wrap
 from autopar.sharding.example import example, tensor, truths
 from autopar.sharding.rule import rule
 
@@ -19,8 +19,11 @@ def _reduced(node: fx.Node, mark: str, tag: str) -> str:
     chosen = range(len(old)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {wrap(d, len(old)) for d in chosen} if old else set()
     names = letters(len(old))
-    left = ["1" if i in gone else x for i, x in enumerate(names)] if bound.get("keepdim") \
+    left = (
+        ["1" if i in gone else x for i, x in enumerate(names)]
+        if bound.get("keepdim")
         else [x for i, x in enumerate(names) if i not in gone]
+    )
     outs = ", ".join([term(left, tag)] * len(output_shapes(node)))
     return f"{term(frozen(names, gone, mark) if gone else names, tag)} -> {outs}"
 
@@ -68,7 +71,16 @@ def means(node: fx.Node) -> str:
     aten.prod.default,
     aten.var.dim,
     aten.var.correction,
+    aten.var.default,
+    aten.std.dim,
+    aten.std.default,
     aten.std.correction,
+    aten.var_mean.correction,
+    aten.median.dim,
+    aten.all.dims,
+    aten.any.dims,
+    aten.norm.Scalar,
+    aten.cosine_similarity.default,
     aten.linalg_vector_norm.default,
     aten.norm.ScalarOpt_dim,
     examples=[
@@ -77,6 +89,8 @@ def means(node: fx.Node) -> str:
         example(aten.max.default, tensor(4, 6)),
         example(aten.argmax.default, tensor(4, 6), -1),
         example(aten.any.dim, truths(4, 6), 1),
+        example(aten.var_mean.correction, tensor(4, 6), [1], correction=1),
+        example(aten.cosine_similarity.default, tensor(4, 6), tensor(1, 6), 1),
         example(aten.logsumexp.default, tensor(2, 4, 6), [1]),
         example(aten.var.correction, tensor(4, 6), [1], correction=0, keepdim=True),
         example(aten.norm.ScalarOpt_dim, tensor(4, 6), 2, [-1], True),
@@ -85,7 +99,19 @@ def means(node: fx.Node) -> str:
 )
 def reductions(node: fx.Node) -> str:
     """All other reductions keep the reduced dims whole."""
+    if node.target is aten.cosine_similarity.default:
+        return _similarity(node)
     return _reduced(node, "!", "")
+
+
+def _similarity(node: fx.Node) -> str:
+    """Two operands, broadcast against each other, reduced along one dim."""
+    whole = torch.broadcast_shapes(*input_shapes(node))
+    names = letters(len(whole))
+    dim = wrap(arguments(node)["dim"], len(names))
+    marked = frozen(names, [dim])
+    left, right = (term(broadcast(s, marked)) for s in input_shapes(node))
+    return f"{left}, {right} -> {term(x for i, x in enumerate(names) if i != dim)}"
 
 
 @rule(
@@ -97,21 +123,28 @@ def reductions(node: fx.Node) -> str:
     aten.cumprod.default,
     aten.logcumsumexp.default,
     aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.stable,
+    aten.kthvalue.default,
+    aten.cummax.default,
     aten.argsort.default,
     examples=[
         example(aten.softmax.int, tensor(2, 4, 6), -1),
         example(aten.log_softmax.int, tensor(4, 6), 1),
         example(aten.glu.default, tensor(4, 12), -1),
         example(aten.sort.default, tensor(4, 6), -1),
+        example(aten.kthvalue.default, tensor(4, 6), 2, 1),
+        example(aten.cummax.default, tensor(4, 6), 1),
     ],
 )
 def along(node: fx.Node) -> str:
     """The dim it runs along stays whole (and may change its length)."""
-    names = letters(len(shape(node.args[0])))
-    dim = wrap(arguments(node)["dim"], len(names))
-    out = list(names)
-    out[dim] = "z"
-    return f"{term(frozen(names, [dim]))} -> {', '.join([term(frozen(out, [dim]))] * len(output_shapes(node)))}"
+    bound, names = arguments(node), letters(len(shape(node.args[0])))
+    dim = wrap(bound["dim"], len(names))
+    out = ["z!" if i == dim else x for i, x in enumerate(names)]
+    if bound.get("keepdim") is False:
+        out.remove("z!")
+    return f"{term(frozen(names, [dim]))} -> {', '.join([term(out)] * len(output_shapes(node)))}"
 
 
 @rule(aten.cumsum.default, examples=[example(aten.cumsum.default, tensor(4, 6), -1)])

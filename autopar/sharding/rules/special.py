@@ -1,8 +1,8 @@
 """Reference implementations of strategies with a local function of their own, all devices simulated in one process.
 
-``SPECIAL[name](node, shards, degree)``: ``shards[operand][device]`` → ``[device][output]``. The emitted code does the same with
-process groups; here a reduction over devices is a sum over a list. Both are autograd functions where a collective stands
-in the middle, so that each device's gradient comes from its own gradient of the (replicated) loss.
+``SPECIAL[name](node, shards, degree)``: ``shards[operand][device]`` → ``[device][output]``. The emitted code does the
+same with process groups; here a reduction over devices is a sum over a list. Both are autograd functions where a
+collective stands in the middle, so that a device's gradient comes from its own gradient of the (replicated) loss.
 """
 
 from __future__ import annotations

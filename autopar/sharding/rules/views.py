@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autopar.sharding.call import Shape, arguments, letters, shape, term, wrap
-from autopar.sharding.example import example, tensor
+from autopar.sharding.example import Spec, example, tensor
 from autopar.sharding.rule import Local, rule
 
 aten = torch.ops.aten
@@ -95,7 +95,9 @@ def view(node: fx.Node) -> str | None:
 
 @rule(
     aten.flatten.using_ints,
+    aten.ravel.default,
     examples=[
+        example(aten.ravel.default, tensor(4, 6)),
         example(aten.flatten.using_ints, tensor(2, 4, 6, 3), 1, 2),
         example(aten.flatten.using_ints, tensor(2, 6)),
     ],
@@ -147,13 +149,40 @@ def expand(node: fx.Node) -> str:
 def expand_as(node: fx.Node) -> str:
     """The other operand gives its shape alone, but its local shape must be that of the local output."""
     first, out = expand(node).split(" -> ")
-    return f"{first}, {out.removesuffix('~')} -> {out}"
+    return f"{first}, {out.removesuffix(' ~')} -> {out}"
 
 
 def _local_repeats(bound: dict[str, Any], local: Local) -> dict[str, Any]:
     old, new = local.inputs[0], local.outputs[0]
     padded = (*(1,) * (len(new) - len(old)), *old)
     return {"repeats": [n // m for n, m in zip(new, padded, strict=True)]}
+
+
+@rule(
+    aten.view_as.default,
+    aten.reshape_as.default,
+    examples=[example(aten.view_as.default, tensor(4, 18), tensor(4, 6, 3))],
+)
+def view_as(node: fx.Node) -> str:
+    """The other operand gives its shape alone, but its local shape must be that of the local output."""
+    before, after = regroup(shape(node.args[0]), shape(node))
+    return f"{term(before, '~')}, {term(after)} -> {term(after, '~')}"
+
+
+@rule(
+    aten.view_as_complex.default,
+    aten.view_as_real.default,
+    examples=[
+        example(aten.view_as_complex.default, tensor(4, 6, 2)),
+        example(aten.view_as_real.default, Spec((4, 6), torch.complex128)),
+    ],
+)
+def pairs(node: fx.Node) -> str:
+    """Real and imaginary part are a last dim of length 2."""
+    names = letters(min(len(shape(node)), len(shape(node.args[0]))))
+    real = [*names, "z!"]
+    old, new = (real, names) if len(shape(node.args[0])) > len(names) else (names, real)
+    return f"{term(old, '~')} -> {term(new, '~')}"
 
 
 @rule(
@@ -244,7 +273,11 @@ def squeeze(node: fx.Node) -> str:
     aten.t.default,
     aten.numpy_T.default,
     aten.movedim.int,
+    aten.moveaxis.int,
     aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.mT.default,
+    aten.adjoint.default,
     examples=[
         example(aten.transpose.int, tensor(2, 4, 6), 1, -1),
         example(aten.permute.default, tensor(2, 4, 6), [2, 0, 1]),
