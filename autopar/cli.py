@@ -15,6 +15,7 @@ from autopar.errors import AutoparError, SpecError, suggestion
 
 EXIT_DONE, EXIT_FAULT, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "AUTOPAR_TRACEBACK"
+LONGEST = 2000  # characters of a message on stderr
 
 _JOB = "a job file, or the name of one in specs/jobs"
 _COMMANDS: dict[str, tuple[str, str]] = {
@@ -179,6 +180,7 @@ def fault(error: BaseException) -> str:
 
 def _complain(message: str, status: int) -> int:
     with contextlib.suppress(OSError):
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
         prefix = "" if message.startswith("autopar") else "autopar: "
         print(prefix + message, file=sys.stderr, flush=True)
     return status

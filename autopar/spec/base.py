@@ -8,34 +8,35 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from autopar.errors import SpecError, suggestion
 from autopar.spec import quantity
+from autopar.spec.quantity import short
 from autopar.spec.source import Path_, Source
 
 
 class Spec(BaseModel):
     """Immutable data of a spec file; unknown keys are an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 def _whole(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"must be a whole number, not {value!r}")
+        raise ValueError(f"must be a whole number, not {short(value)}")
     if isinstance(value, float):
         if not value.is_integer():
-            raise ValueError(f"must be a whole number, not {value!r}")
+            raise ValueError(f"must be a whole number, not {short(value)}")
         return int(value)
     return value
 
 
 def _real(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"must be a number, not {value!r}")
+        raise ValueError(f"must be a number, not {short(value)}")
     return value
 
 
 def _flag(value: object) -> object:
     if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, not {value!r}")
+        raise ValueError(f"must be true or false, not {short(value)}")
     return value
 
 
@@ -63,7 +64,7 @@ SpecT = TypeVar("SpecT", bound=BaseModel)
 def build(kind: type[SpecT], source: Source, noun: str) -> SpecT:
     """The source's data as a ``kind``, or a SpecError that names the place, the key and what would be right."""
     if not isinstance(source.data, dict):
-        held = {list: "a list", type(None): "empty"}.get(type(source.data), f"{source.data!r}"[:60])
+        held = {list: "a list", type(None): "empty"}.get(type(source.data), short(source.data))
         needed = [name for name, field in kind.model_fields.items() if field.is_required()]
         keys = ", ".join(needed or list(kind.model_fields)[:3])
         raise source.error(f"{noun} must be a mapping with keys such as {keys}; this is {held}")
@@ -110,7 +111,7 @@ def _written(location: tuple[Any, ...], data: Any) -> Path_:
 
 def _complaint(item: Any) -> str:
     kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
-    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}…"
+    shown = short(value)
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":

@@ -11,7 +11,7 @@ from typing import Any
 
 from autopar.errors import PlanError, SpecError
 from autopar.spec.job import Job, Pins
-from autopar.spec.origin import ModelOrigin
+from autopar.spec.origin import ModelOrigin, place
 
 AXES = ("pp", "dp", "cp", "tp")
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # Hugging Face's spellings of one thing
@@ -39,7 +39,7 @@ def sizes(origin: ModelOrigin) -> Sizes:
         return Sizes(decoder.layers, decoder.heads, decoder.hidden, learned)
     if origin.hf is None:
         return Sizes()
-    config = origin.config if origin.config is not None else _checkpoint_config(Path(origin.hf).expanduser())
+    config = origin.config if origin.config is not None else _checkpoint_config(place(origin.hf))
     return Sizes(_first(config, _BLOCKS), _first(config, _HEADS), _first(config, _HIDDEN))
 
 

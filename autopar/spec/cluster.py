@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from autopar.errors import SpecError, suggestion
 from autopar.spec import library
-from autopar.spec.base import Bandwidth, Count, Efficiency, FlopRate, Memory, Seconds, Spec, build
+from autopar.spec.base import Bandwidth, Count, Efficiency, FlopRate, Memory, NonNegative, Seconds, Spec, build
+from autopar.spec.quantity import short
 from autopar.spec.source import Source, read
 
 DTYPES = ("float64", "float32", "tensorfloat32", "bfloat16", "float16", "float8", "float4", "int8")
 AUTO = "auto"  # this machine's own number
-Curve = tuple[tuple[float, Efficiency], ...]
+Curve = tuple[tuple[NonNegative, Efficiency], ...]
 
 
 class EfficiencySpec(Spec):
@@ -58,6 +59,12 @@ class DeviceSpec(Spec):
         return rates
 
 
+def _span(value: object) -> object:
+    if value in ("host", "cluster") or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**53):
+        return value
+    raise ValueError(f"must be host, cluster or a number of devices, not {short(value)}")
+
+
 class LinkSpec(Spec):
     """One level of links, per device and one direction.
 
@@ -65,7 +72,7 @@ class LinkSpec(Spec):
     large collectives reach.
     """
 
-    span: Literal["host", "cluster"] | Count
+    span: Annotated[str | int, BeforeValidator(_span)]
     bandwidth: Bandwidth
     latency: Seconds
     efficiency: Efficiency = 1.0
@@ -152,7 +159,7 @@ def _written(source: Source) -> Source:
             path = _beside(data, source)
         return read(path or library.find("clusters", data, source.where()))
     if not isinstance(data, dict):
-        raise source.error(f"cluster must be a name or a mapping, not {data!r}"[:120])
+        raise source.error(f"cluster must be a name or a mapping, not {short(data)}")
     name = data.get("name")
     path = library.lookup("clusters", name) if isinstance(name, str) else None
     if path is not None:
@@ -177,7 +184,7 @@ def _beside(name: str, source: Source) -> Any:
 
 def _group(source: Source) -> Source:
     if not isinstance(source.data, dict):
-        raise source.error(f"a group must be a mapping such as {{name: dgx-a100, hosts: 2}}, not {source.data!r}"[:160])
+        raise source.error(f"a group must be a mapping such as {{name: dgx-a100, hosts: 2}}, not {short(source.data)}")
     written = _written(source)
     if isinstance(written.data, dict):
         _fill_in_this_machine(written)

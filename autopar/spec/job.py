@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from autopar.spec.base import Count, Flag, Fraction, NonNegative, Positive, Spec, Texts, Whole
 from autopar.spec.cluster import ClusterSpec, read_cluster
 from autopar.spec.origin import ModelOrigin, read_origin
+from autopar.spec.quantity import short
 from autopar.spec.source import Source
 
 Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
@@ -116,7 +117,7 @@ class Job(Spec):
     @classmethod
     def _passes(cls, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"must be a list such as [{{lora: {{rank: 8}}}}, flash_attention], not {value!r}"[:160])
+            raise ValueError(f"must be a list such as [{{lora: {{rank: 8}}}}, flash_attention], not {short(value)}")
         return tuple(_entry(item) for item in value)
 
     @field_validator("optimizer", "train", "data", "pins", "search", mode="before")
@@ -136,7 +137,7 @@ def _entry(item: Any) -> Any:
     if isinstance(item, str):
         return {item: {}}
     if not isinstance(item, dict) or len(item) != 1:
-        found = f"{len(item)} keys ({', '.join(map(str, item))})" if isinstance(item, dict) else repr(item)
-        raise ValueError(f"must hold one pass in each entry, such as 'lora: {{rank: 8}}'; one entry has {found}"[:200])
+        found = f"{len(item)} keys ({', '.join(map(str, item))})" if isinstance(item, dict) else short(item)
+        raise ValueError(f"must hold one pass in each entry, such as 'lora: {{rank: 8}}'; one entry has {found[:100]}")
     name, options = next(iter(item.items()))
     return {name: {} if options is None else options}

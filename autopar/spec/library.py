@@ -7,6 +7,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from autopar.errors import SpecError, suggestion
+from autopar.spec.quantity import short
 
 GROUP = "autopar.specs"
 SUFFIX = ".yaml"
@@ -32,9 +33,7 @@ def names(kind: str) -> list[str]:
 
 def lookup(kind: str, name: str) -> Path | None:
     """The file of a named spec, or None. Two files of one name are an error that names both."""
-    if not name or "/" in name or "\\" in name or name.startswith("."):
-        return None
-    found = [path for folder in folders() if (path := folder / kind / f"{name}{SUFFIX}").is_file()]
+    found = [path for folder in folders() for path in (folder / kind).glob(f"*{SUFFIX}") if path.stem == name]
     if len(found) > 1:
         raise SpecError(f"two {kind} are named '{name}': {' and '.join(map(str, found))}")
     return found[0] if found else None
@@ -49,4 +48,4 @@ def find(kind: str, name: str, where: str = "") -> Path:
     near = suggestion(name, known) or f" (there are: {', '.join(known)})"
     prefix = f"{where}: " if where else ""
     noun = _SINGULAR.get(kind, kind.removesuffix("s"))
-    raise SpecError(f"{prefix}unknown {noun} '{name}'{near}")
+    raise SpecError(f"{prefix}unknown {noun} {short(name)}{near}")

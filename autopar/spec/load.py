@@ -12,7 +12,7 @@ from autopar.spec import library, source
 from autopar.spec.base import build
 from autopar.spec.cluster import read_cluster
 from autopar.spec.job import Job
-from autopar.spec.origin import read_origin
+from autopar.spec.origin import place, read_origin
 from autopar.spec.source import Source
 
 REQUIRED = ("model", "cluster", "batch")
@@ -112,11 +112,11 @@ def _index(here: list[Any], key: str, label: str) -> int:
 
 def _located(origin: Any, folder: Path | None) -> Any:
     """A checkpoint's folder that is found beside the job file, by its full path."""
-    if origin.hf is None or Path(origin.hf).expanduser().is_absolute():
+    if origin.hf is None or place(origin.hf).is_absolute():
         return origin
     for base in (Path.cwd(), *([folder] if folder else [])):
-        place = base / origin.hf
-        if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):
+        found = base / origin.hf
+        if (found / "config.json").is_file() or (found.suffix == ".gguf" and found.is_file()):
             return origin.model_copy(update={"hf": str((base / origin.hf).resolve())})
     return origin
 

@@ -10,6 +10,7 @@ from pydantic import model_serializer
 from autopar.errors import suggestion
 from autopar.spec import library
 from autopar.spec.base import Spec, build
+from autopar.spec.quantity import short
 from autopar.spec.source import Source, read
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def origin_fields(source: Source) -> dict[str, Any]:
     if isinstance(data, str):
         return _named(data, source)
     if not isinstance(data, dict):
-        raise source.error(f"model must be a name or a mapping, not {data!r}"[:120])
+        raise source.error(f"model must be a name or a mapping, not {short(data)}")
     if "name" in data:
         return _changed(data, source)
     forms = [form for form in ("family", "hf", "python") if form in data]
@@ -116,17 +117,29 @@ def _hugging_face(data: dict[str, Any], source: Source) -> dict[str, Any]:
     _only(data, ("hf", "config"), source)
     name, config = data["hf"], data.get("config")
     if not isinstance(name, str) or not name:
-        raise source.error(f"model.hf must be the folder of a checkpoint or a model type, not {name!r}", ("hf",))
+        raise source.error(f"model.hf must be the folder of a checkpoint or a model type, not {short(name)}", ("hf",))
     if config is not None and not isinstance(config, dict):
         raise source.error("model.config must be a mapping of the model type's options", ("config",))
-    folder = Path(name).expanduser()
+    folder = place(name)
     if folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
         message = f"the folder '{name}' holds no config.json and no GGUF file, so it is no checkpoint"
         raise source.error(message, ("hf",))
     if config is None and not folder.exists():
-        message = f"there is no checkpoint folder '{name}' (nothing is downloaded); a model type needs `config: {{…}}`"
+        message = (
+            f"there is no checkpoint folder {short(name)} (nothing is downloaded); a model type needs `config: {{…}}`"
+        )
         raise source.error(message, ("hf",))
     return {"hf": name, "config": config}
+
+
+def place(name: str) -> Path:
+    """The path that a name may be; a name that can be none (too long, no such user's home) is one that is not there."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return Path("/no such place")
+    return path
 
 
 def _python(data: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -134,7 +147,7 @@ def _python(data: dict[str, Any], source: Source) -> dict[str, Any]:
     name, kwargs = data["python"], data.get("kwargs")
     module, _, function = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not module or not function:
-        raise source.error(f"model.python must be 'package.module:function', not {name!r}", ("python",))
+        raise source.error(f"model.python must be 'package.module:function', not {short(name)}", ("python",))
     if kwargs is not None and not isinstance(kwargs, dict):
         raise source.error("model.kwargs must be a mapping of the function's arguments", ("kwargs",))
     return {"python": name, "kwargs": kwargs or {}}

@@ -15,7 +15,14 @@ BANDWIDTH = {f"{unit}/s": factor for unit, factor in BYTES.items()} | {
 }
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
 FLOPS = {f"{prefix}FLOP/s": factor for prefix, factor in _DECIMAL.items()}
+MOST = 1e300  # no quantity of a machine is larger
 _NUMBER = re.compile(r"\s*([-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(\S*(?:\s*/\s*s)?)\s*")
+
+
+def short(value: object, length: int = 60) -> str:
+    """A value as it was written, cut to a length that fits into a message."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < MOST else "a very large number"
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def quantity(value: object, units: Mapping[str, float], example: str) -> float:
@@ -24,17 +31,18 @@ def quantity(value: object, units: Mapping[str, float], example: str) -> float:
     Raises ValueError with a message that names the unit, or says what would be right by ``example``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"must be a quantity such as '{example}', not {value!r}")
+        raise ValueError(f"must be a quantity such as '{example}', not {short(value)}")
     if isinstance(value, (int, float)):
-        number = float(value)
+        number = float(value) if abs(value) < MOST else math.inf
     else:
         match = _NUMBER.fullmatch(value)
         if match is None:
-            raise ValueError(f"must be a quantity such as '{example}', not {value!r}")
+            raise ValueError(f"must be a quantity such as '{example}', not {short(value)}")
         number = float(match[1].replace(",", "").replace("_", "")) * _factor(match[2], units, value, example)
         number = float(f"{number:.12g}")  # 2.039 TB/s without the dust of binary fractions
     if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"must be positive, such as '{example}', not {value!r}")
+        what = "positive" if number <= 0 else "a finite number"
+        raise ValueError(f"must be {what}, such as '{example}', not {short(value)}")
     return number
 
 
@@ -45,7 +53,7 @@ def _factor(unit: str, units: Mapping[str, float], value: str, example: str) -> 
     if unit in units:
         return units[unit]
     known = ", ".join(list(units)[:8])
-    raise ValueError(f"has the unit '{unit}' in {value!r}; write it such as '{example}' (units: {known}, …)")
+    raise ValueError(f"has the unit {short(unit)} in {short(value)}; write it such as '{example}' (units: {known}, …)")
 
 
 def bytes_(value: object) -> int:

@@ -1,14 +1,16 @@
 """Jobs: read from files and Python, changed by --set, written back, refused with a place and a suggestion."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 
-from autopar.errors import SpecError
+from autopar.errors import AutoparError, SpecError
 from autopar.spec import Job, library, load_job
+from autopar.spec.check import check_job
 from autopar.spec.load import parse_job
-from autopar.spec.source import parse
+from autopar.spec.source import Source, parse
 
 TINY = {"family": "llama", "layers": 2, "hidden": 64, "ffn": 128, "heads": 4, "vocab": 100}
 BASE = {"model": TINY, "cluster": "local-cpu", "batch": {"sequences": 8, "length": 16}}
@@ -145,3 +147,42 @@ def test_two_packages_that_hold_one_name_are_an_error_naming_both(tmp_path, monk
     with pytest.raises(SpecError) as error:
         library.find("clusters", "mine")
     assert str(tmp_path / "one") in str(error.value) and str(tmp_path / "two") in str(error.value)
+
+
+STRANGE = [None, True, -1, 1.5, float("nan"), 10**400, "", "x" * 5000, "~nobody/x", "\u0000", "80 GiB", [], [[1]], {}]
+STRANGE += [{"name": None}, {"": 1}, ["a", "b"], "a:b"]
+FULL = {
+    "model": {**TINY, "rope": {"theta": 1e4}},
+    "cluster": {
+        "name": "dgx-a100",
+        "hosts": 2,
+        "device": {"memory": "80 GiB", "flops_per_second": {"bfloat16": 1e12}, "efficiency": {"matmul": [[0, 0.5]]}},
+    },
+    "batch": {"sequences": 64, "length": 32},
+    "passes": [{"lora": {"rank": 8}}],
+    "optimizer": {"betas": [0.9, 0.95]},
+    "data": {"text": ["*.md"]},
+    "pins": {"tp": 2, "zero": 1, "schedule": "1f1b"},
+}
+
+
+def paths(data, path=()):
+    yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from paths(value, (*path, key))
+
+
+@pytest.mark.parametrize("other", [{}, {"model": {"hf": "llama", "config": {"n_layer": 2}}}, {"cluster": "local-cpu"}])
+def test_whatever_stands_in_a_job_the_answer_is_a_job_or_one_message(other):
+    for path in list(paths({**FULL, **other}))[1:]:
+        for strange in STRANGE:
+            job = copy.deepcopy({**FULL, **other})
+            here = job
+            for key in path[:-1]:
+                here = here[key]
+            here[path[-1]] = strange
+            try:
+                check_job(parse_job(Source(job, "job.yaml")))
+            except AutoparError as error:
+                assert str(error)
