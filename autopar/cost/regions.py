@@ -10,14 +10,13 @@ from torch import fx
 
 from autopar.cluster import AxisLink, Device
 from autopar.cost import collective, compute
-from autopar.cost.operators import is_product, kept_by
+from autopar.cost.operators import kept_by
 from autopar.cost.precision import Precision
 from autopar.cost.values import (
     Value,
     flows,
     is_view,
     local_numel,
-    op_name,
     parameter,
     reads,
     stored,
@@ -25,7 +24,8 @@ from autopar.cost.values import (
     tensors,
     value,
 )
-from autopar.ir.program import Program
+from autopar.ir.attention import cores
+from autopar.ir.program import OUTER, Program
 from autopar.sharding.placement import Placement, R
 from autopar.sharding.redistribute import collective as collective_of
 from autopar.sharding.redistribute import grad_placement, moves
@@ -172,9 +172,10 @@ class Measure:
     # ---------------------------------------------------------------- recompute
 
     def core(self) -> set[fx.Node]:
-        """The attention core (Korthikanti et al. 2022, section 5): from the product of queries and keys to that with the
-        values, or a fused attention call."""
-        return attention_core(self.nodes)
+        """The attention cores (Korthikanti et al. 2022, section 5): what selective recompute runs again."""
+        if not self.nodes or self.name == OUTER:
+            return set()
+        return {n for found in cores(self.nodes[0].graph) for n in found.nodes} & self.inside
 
     def needed(self, region: set[fx.Node], wanted: Iterable[Value]) -> set[fx.Node]:
         """The nodes of a recomputed region that run again: those that what is kept depends on (torch's checkpoint stops
@@ -293,47 +294,6 @@ class Measure:
             else:
                 live -= alive.pop((node, 0), 0.0)
         return top
-
-
-def attention_core(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes of a block that selective recompute runs again.
-
-    Around each softmax: back to the nearest product of two activations (queries by keys), forward to the next (by the
-    values), and all that lies between. A fused attention call is a core by itself.
-    """
-    inside = set(nodes)
-    core: set[fx.Node] = set()
-    for node in nodes:
-        name = op_name(node)
-        if "attention" in name and is_product(node):
-            core.add(node)
-        elif name in ("softmax", "_softmax"):
-            up = reach(node, inside, lambda n: [u for u, _ in reads(n)])
-            down = reach(node, inside, lambda n: list(n.users))
-            if up and down:
-                core |= up | down | {node}
-    return core
-
-
-def reach(start: fx.Node, inside: set[fx.Node], step: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
-    """Nodes from ``start`` to the nearest products of two activations in one direction; empty if there are none."""
-    found: set[fx.Node] = set()
-    met = False
-    stack = [n for n in step(start) if n in inside]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        if is_product(node):
-            both = [v for v in reads(node) if parameter(v) is None and flows(v)]
-            if len(both) >= 2:
-                found.add(node)
-                met = True
-            continue
-        if flows((node, 0)):
-            found.add(node)
-            stack += [n for n in step(node) if n in inside]
-    return found if met else set()
 
 
 def needs_reduction(program: Program, name: str, node: fx.Node, placed: Placed) -> bool:

@@ -35,14 +35,16 @@ strategies that take equally long; nothing of it is in a plan's cost."""
 STEP_SHARE = 1 / 16
 """What happens once a step (gradients of whole parameters, the optimizer's traffic) counts as one of so many micro-batches
 in the ILP, which does not know their number; the plan's cost counts it exactly."""
+SPARE = 1e-10
+"""Seconds charged for a byte of parameters where they are to be split wherever they can be: more than any split costs."""
 STATE_PASSES = 7  # AdamW reads the parameter, gradient and two moments, and writes all but the gradient
 
 
 class Formulation:
     """Variables and rows of the ILP; the numbers in comments are those of the module's equations."""
 
-    def __init__(self, program: Program, found: Choices, degree: int, prices: Prices) -> None:
-        self.program, self.found, self.degree, self.prices = program, found, degree, prices
+    def __init__(self, program: Program, found: Choices, degree: int, prices: Prices, spare: bool = False) -> None:
+        self.program, self.found, self.degree, self.prices, self.spare = program, found, degree, prices, spare
         self.linear = Linear()
         self.x: dict[Key, list[int]] = {}
         self.costs: dict[tuple, float] = {}
@@ -81,6 +83,8 @@ class Formulation:
             return 0.0
         count = local_numel((node, 0), placed, self.degree)
         held = count * self.prices.precision.master.itemsize
+        if self.spare:
+            return SPARE * held
         if not node.meta.get("requires_grad"):
             return HELD * held
         return 4 * HELD * held + STEP_SHARE * STATE_PASSES * held / self.prices.device.bandwidth
@@ -157,6 +161,11 @@ def move_seconds(v: Value, p: Placement, w: Want, prices: Prices, once: bool = F
     return forward + backward * (STEP_SHARE if once and found.forward == "none" else 1.0)
 
 
-def assign(program: Program, degree: int, prices: Prices, sequence: bool | None = None, seconds: float = 30) -> Assignment:
-    """The fastest assignment of a static program along an axis of ``degree`` devices."""
-    return Formulation(program, choices(program, degree, sequence), degree, prices).solve(seconds)
+def assign(
+    program: Program, degree: int, prices: Prices, sequence: bool | None = None, seconds: float = 30, spare: bool = False
+) -> Assignment:  # fmt: skip
+    """The fastest assignment of a static program along an axis of ``degree`` devices.
+
+    ``spare``: parameters are split wherever they can be, whatever else would be faster. ``sequence``: see `choices`.
+    """
+    return Formulation(program, choices(program, degree, sequence), degree, prices, spare).solve(seconds)

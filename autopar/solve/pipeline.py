@@ -1,0 +1,181 @@
+"""What is decided beside strategies: the candidate, and the arrays over blocks that its stages are cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autopar.cluster import Cluster
+from autopar.cost import collective
+from autopar.cost.compute import moving
+from autopar.cost.memory import Sharding, optimizer_bytes
+from autopar.cost.precision import Precision
+from autopar.cost.regions import Region
+from autopar.plan.plan import MeshShape
+from autopar.solve.blocks import BEFORE, SHARED, Held, Profile
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the outer search; ``sequence``: which assignment along tp, by name."""
+
+    mesh: MeshShape
+    zero: int
+    microbatch: int
+    microbatches: int
+    schedule: str
+    virtual: int
+    variant: str = ""
+
+    @property
+    def stages(self) -> int:
+        return self.mesh.pp * self.virtual
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for all candidates of a job. ``limit``: bytes a device may hold; ``moments``: optimizer tensors."""
+
+    cluster: Cluster
+    precision: Precision
+    limit: float
+    moments: int = 2
+    clip: bool = False
+    recompute: str | None = None
+
+
+@dataclass
+class Blocks:
+    """Per block call (index last) the seconds and bytes of a candidate; times include what shows of ZeRO's traffic.
+
+    ``saved``, ``again`` and ``working`` have a row for each of none, selective, full. ``first``, ``last``, ``every`` are
+    what the first stage, the last stage, and every stage have beside their blocks.
+    """
+
+    forward: Array
+    backward: Array
+    talk: Array  # of forward + backward: not computing
+    saved: Array
+    again: Array
+    again_talk: Array
+    working: Array
+    trained: Array
+    frozen: Array
+    partial: Array
+    first: Region
+    last: Region
+    every: Region
+    shared_bytes: float
+    cuts: Array
+    loose: tuple[tuple[Held, frozenset[int]], ...]
+    gather: Array
+    reduce: Array
+    weight_share: float = 0.0  # of the backward: gradients of weights, which some schedules compute later
+
+
+def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
+    """The profile's blocks in order, what runs between them added to the block before."""
+    n = profile.blocks
+    regions = [profile.regions[k] for k in profile.kinds]
+    holds = [profile.holds[k] for k in profile.kinds]
+    between = {k: r for k, r in profile.outer.items() if 0 <= k < n}
+    dp, link = candidate.mesh.dp, setting.cluster.axis_link(candidate.mesh, "dp")
+    p, zero = setting.precision, candidate.zero
+
+    def row(pick):  # noqa: ANN001, ANN202 - a number of a region
+        return np.array([pick(r) + (pick(between[i]) if i in between else 0.0) for i, r in enumerate(regions)], float)
+
+    def level(pick):  # noqa: ANN001, ANN202 - three rows, those between always at "none"
+        rows = [[pick(r)[mode] + (pick(between[i])[0] if i in between else 0.0) for i, r in enumerate(regions)] for mode in range(3)]  # noqa: E501
+        return np.array(rows, float).reshape(3, n)
+
+    forward = row(lambda r: r.forward + r.forward_talk)
+    backward = row(lambda r: r.backward_input + r.backward_weight + r.backward_talk)
+    talk = row(lambda r: r.forward_talk + r.backward_talk)
+    gather = np.array([collective.gather(p.compute.itemsize * h.all, link) for h in holds]) if dp > 1 else np.zeros(n)
+    times = 2 if zero == 0 else 1
+    reduce = (
+        np.array([times * collective.gather(p.reduce.itemsize * h.trained, link) if h.trained else 0.0 for h in holds])
+        if dp > 1
+        else np.zeros(n)
+    )
+    if zero == 3 and dp > 1:
+        extra_f, extra_b = np.maximum(0, gather - forward), np.maximum(0, gather + reduce - backward)
+    elif zero == 2 and dp > 1:
+        extra_f, extra_b = np.zeros(n), np.maximum(0, reduce - backward)
+    else:
+        extra_f, extra_b = np.zeros(n), np.zeros(n)
+    working = np.array([[max(r.working[m], between[i].working[0] if i in between else 0.0) for i, r in enumerate(regions)] for m in range(3)], float).reshape(3, n)  # noqa: E501
+    last = profile.outer.get(n, Region()) if n else Region()
+    return Blocks(
+        forward=forward + extra_f,
+        backward=backward + extra_b,
+        talk=talk + extra_f + extra_b,
+        saved=level(lambda r: r.saved),
+        again=level(lambda r: r.again),
+        again_talk=level(lambda r: r.again_talk),
+        working=working,
+        trained=np.array([h.trained for h in holds], float),
+        frozen=np.array([h.frozen for h in holds], float),
+        partial=np.array([h.partial for h in holds], float),
+        first=profile.outer.get(BEFORE, Region()),
+        last=last,
+        every=profile.outer.get(SHARED, Region()),
+        shared_bytes=profile.shared_bytes,
+        cuts=np.array(profile.cuts, float),
+        loose=profile.loose,
+        gather=gather,
+        reduce=reduce,
+        weight_share=sum(r.backward_weight for r in regions) / max(float(backward.sum()), 1e-30) if n else 0.0,
+    )
+
+
+def line(function: Callable[[float], float], values: Array | float) -> Array:
+    """A function that is a latency plus bytes over a bandwidth (zero for no bytes), for every entry."""
+    array = np.asarray(values, float)
+    rest, slope = function(1e-9), (function(1e12) - function(1e-9)) / 1e12
+    return np.where(array > 0, rest + slope * array, 0.0)
+
+
+def along(function: Callable[[float], float], values: Array | float) -> Array:
+    """Any function for every entry; equal entries are computed once."""
+    array = np.asarray(values, float)
+    distinct, back = np.unique(array, return_inverse=True)
+    return np.array([function(float(b)) for b in distinct])[back].reshape(array.shape)
+
+
+def once_a_step(
+    candidate: Candidate, setting: Setting, sharding: Sharding, stage: Any
+) -> tuple[Array, Array]:
+    """Seconds of a stage that do not grow with the number of micro-batches: what shows of communication, the optimizer.
+
+    Gradients are summed while the last backward runs, unit by unit; what is longer than that backward, or the last
+    unit, shows. Bare ZeRO 1 inside a pipeline reduces after the schedule: all of it shows. Parameters that ZeRO 1 and 2
+    keep divided are gathered in the first forward, behind which all but the first unit hide. Partial gradients are
+    summed over tp after the schedule. ``stage`` has elements ``trained, all, partial, largest`` and seconds ``forward,
+    backward``.
+    """
+    mesh, p, zero = candidate.mesh, setting.precision, candidate.zero
+    dp, tp = setting.cluster.axis_link(mesh, "dp"), setting.cluster.axis_link(mesh, "tp")
+    exposed = 0.0 * stage.trained
+
+    def reduced(elements: Array) -> Array:
+        return (1 if zero else 2) * line(lambda b: collective.gather(b, dp), p.reduce.itemsize * elements)
+
+    if mesh.dp > 1 and zero <= 1:
+        whole = reduced(stage.trained)
+        hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
+        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), whole - hidden)
+    if mesh.dp > 1 and zero in (1, 2):
+        fetch = line(lambda b: collective.gather(b, dp), p.compute.itemsize * stage.all)
+        first = line(lambda b: collective.gather(b, dp), p.compute.itemsize * stage.largest)
+        exposed = exposed + np.maximum(np.minimum(fetch, first), fetch - stage.forward)
+    if mesh.tp > 1:
+        size = p.gradients.itemsize * stage.partial / sharding.split
+        exposed = exposed + line(lambda b: 2 * collective.gather(b, tp), size)
+    return exposed, along(lambda b: moving(setting.cluster.device, b), optimizer_bytes(sharding, stage.trained, setting.clip))

@@ -1,0 +1,181 @@
+"""What the search asks again and again, computed once: static programs, assignments along tp, profiles, lower bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.cluster import Cluster
+from autopar.cost.memory import states
+from autopar.cost.precision import Precision
+from autopar.cost.regions import Prices, Region
+from autopar.ir.program import Program
+from autopar.plan.plan import MeshShape, Plan
+from autopar.solve.assignment import Assignment, from_choices, replicated
+from autopar.solve.blocks import Held, Profile, profile
+from autopar.solve.formulation import assign
+from autopar.solve.pipeline import Candidate, Setting
+from autopar.solve.stages import sharding_of
+from autopar.spec.job import Job
+
+SPLIT, WHOLE, GIVEN = "split", "whole", "given"
+"""Assignments along tp: parameters split wherever they can be (least memory), or whole where that is faster; or a plan's own."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a profile: seconds of one micro-batch, elements, and bytes saved with everything recomputed."""
+
+    seconds: float
+    block: float
+    held: Held
+    saved: float
+
+
+class Source:
+    """Caches of one job. ``calls``: how many block calls the program has."""
+
+    def __init__(
+        self, program: Program | Callable[[int], Program], cluster: Cluster, setting: Setting, job: Job
+    ) -> None:
+        assert job.batch is not None
+        self.program, self.cluster, self.setting, self.job = program, cluster, setting, job
+        self.length, self.pins = job.batch.length, job.pins
+        self.statics: dict[int, Program] = {}
+        self.assignments: dict[tuple[int, str], Assignment] = {}
+        self.profiles: dict[tuple[int, str, int], Profile] = {}
+        self.sums: dict[tuple[int, str, int], Totals] = {}
+        self.least_batch = job.pins.microbatch or 1
+        self.calls = len(self.static(self.least_batch).calls())
+
+    def static(self, batch: int) -> Program:
+        """The static program of a micro-batch."""
+        if batch not in self.statics:
+            made = self.program.at(batch=batch, length=self.length) if isinstance(self.program, Program) else self.program(batch)
+            self.statics[batch] = made
+        return self.statics[batch]
+
+    # ---------------------------------------------------------------- assignments along tp
+
+    def prices(self, tp: int) -> Prices:
+        link = self.cluster.axis_link(MeshShape(tp=tp), "tp")
+        return Prices(self.cluster.device, link, self.setting.precision)
+
+    def variants(self, tp: int) -> list[str]:
+        """Which assignments there are to choose from; one where both come out alike."""
+        if tp == 1:
+            return [SPLIT]
+        a, b = self.assignment(tp, SPLIT), self.assignment(tp, WHOLE)
+        return [SPLIT] if a.strategies == b.strategies else [SPLIT, WHOLE]
+
+    def assignment(self, tp: int, variant: str) -> Assignment:
+        """The ILP's answer, for the smallest micro-batch; its strategies serve the others."""
+        if tp == 1:
+            return replicated()
+        if (tp, variant) not in self.assignments:
+            program = self.static(self.least_batch)
+            self.assignments[tp, variant] = assign(
+                program, tp, self.prices(tp), self.pins.sequence_parallel, self.job.search.seconds, spare=variant == SPLIT
+            )
+        return self.assignments[tp, variant]
+
+    def adopt(self, plan: Plan) -> str:
+        """The variant of a given plan's own choices."""
+        if plan.mesh.tp == 1 or not plan.choices:
+            return SPLIT
+        self.assignments[plan.mesh.tp, GIVEN] = from_choices(plan.mesh.tp, plan.choices)
+        return GIVEN
+
+    def profile(self, c: Candidate) -> Profile:
+        return self.profile_of(c.mesh.tp, c.variant, c.microbatch)
+
+    def profile_of(self, tp: int, variant: str, batch: int) -> Profile:
+        key = (tp, variant, batch)
+        if key not in self.profiles:
+            self.profiles[key] = profile(self.static(batch), self.assignment(tp, variant), self.prices(tp))
+        return self.profiles[key]
+
+    # ---------------------------------------------------------------- lower bounds
+
+    def totals(self, tp: int, variant: str, batch: int) -> Totals:
+        key = (tp, variant, batch)
+        if key not in self.sums:
+            self.sums[key] = totals(self.profile_of(tp, variant, batch))
+        return self.sums[key]
+
+    def could_fit(self, c: Candidate) -> bool:
+        """Whether the average device could hold a plan with everything recomputed: cheap, and never wrong to say no."""
+        made = self.totals(c.mesh.tp, c.variant, self.least_batch)
+        pp = c.mesh.pp
+        held = states(sharding_of(c, self.setting), made.held.trained / pp, made.held.frozen / pp, 0.0, 0.0)
+        saved = made.saved * c.microbatch / self.least_batch / pp
+        return held.parameters + held.gradients + held.optimizer + saved <= self.setting.limit
+
+    def least(self, c: Candidate) -> float:
+        """Seconds that a step of this candidate takes at least.
+
+        From x ≥ Σ (times before stage s) + m · (time of stage s) for every s follows x ≥ total / (1 - (1 - 1/m)^p). The
+        time of a sequence falls with the micro-batch, so the largest one's serves all.
+        """
+        most = self.largest(c.mesh.tp, c.variant, c.mesh.dp)
+        made = self.totals(c.mesh.tp, c.variant, c.microbatch if c.microbatch in (self.least_batch, most) else most)
+        scale = c.microbatch / (c.microbatch if c.microbatch in (self.least_batch, most) else most)
+        total, block, m, p = made.seconds * scale, made.block * scale, c.microbatches, c.mesh.pp
+        even = total / (1 - (1 - 1 / m) ** p) if c.virtual == 1 else m * total / p
+        if self.setting.recompute is None and self.calls:
+            return max(even, m * block * (-(-self.calls // p)))
+        return even
+
+    def largest(self, tp: int, variant: str, dp: int) -> int:
+        """The largest micro-batch that could fit with everything recomputed over all devices of a replica."""
+        assert self.job.batch is not None
+        made = self.totals(tp, variant, self.least_batch)
+        pp = max(1, self.cluster.devices // (tp * dp))
+        each = self.job.batch.sequences // dp
+        if self.pins.microbatch:
+            return self.pins.microbatch
+        best = 1
+        for b in range(1, each + 1):
+            if each % b == 0 and made.saved * b / pp <= self.setting.limit:
+                best = b
+        return best
+
+
+def totals(made: Profile) -> Totals:
+    """Seconds, elements and bytes of all parts of a profile."""
+    regions = [made.regions[k] for k in made.kinds] + list(made.outer.values())
+    held = Held()
+    for k in made.kinds:
+        held = held + made.holds[k]
+    for h, _ in made.loose:
+        held = held + h
+    blocks = [taken(made.regions[k]) for k in made.kinds]
+    return Totals(sum(map(taken, regions)), min(blocks, default=0.0), held, sum(r.saved[2] for r in regions))
+
+
+def taken(r: Region) -> float:
+    return r.forward + r.forward_talk + r.backward_input + r.backward_weight + r.backward_talk
+
+
+# ------------------------------------------------------------------ the job
+
+
+def setting_of(program: Program | Callable[[int], Program], cluster: Cluster, job: Job) -> Setting:
+    """Memory limit, dtypes, optimizer and pins of a job."""
+    example = program if isinstance(program, Program) else program(1)
+    precision = Precision.of(example, mixed(job)).with_state(job.optimizer.state)
+    moments = 2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0)
+    return Setting(
+        cluster=cluster,
+        precision=precision,
+        limit=cluster.device.memory * (1 - job.search.memory_margin),
+        moments=moments,
+        clip=job.train.clip is not None,
+        recompute=job.pins.recompute,
+    )
+
+
+def mixed(job: Job) -> Mapping[str, Any] | None:
+    """Options of the job's mixed_precision, if there is one."""
+    return next((entry["mixed_precision"] for entry in job.passes if "mixed_precision" in entry), None)

@@ -1,0 +1,167 @@
+"""The plan document: what was chosen, what it costs, how it was found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopar.cost.regions import RECOMPUTE
+from autopar.cost.values import dims, flows, tensor, tensors
+from autopar.ir.program import Program
+from autopar.plan.plan import (
+    Bytes,
+    Cost,
+    ModelFacts,
+    Plan,
+    PlanDocument,
+    RunnerUp,
+    Seconds,
+    Stage,
+)
+from autopar.plan.plan import Search as SearchFacts
+from autopar.solve.assignment import Assignment, placeholders
+from autopar.solve.outcome import Outcome
+from autopar.solve.pipeline import Setting
+from autopar.solve.prepare import Source
+from autopar.spec.job import Batch
+
+if TYPE_CHECKING:
+    from autopar.solve.search import Search
+
+GIB = 2**30
+TIGHT = 0.9  # a device filled to this share of its limit counts as a binding constraint
+
+
+def document(source: Source, setting: Setting, batch: Batch, search: Search, count: int, seconds: float) -> PlanDocument:
+    best = search.best
+    assert best is not None
+    c = best.candidate
+    profile = source.profile(c)
+    assignment = source.assignment(c.mesh.tp, c.variant)
+    program = source.static(c.microbatch)
+    flops = profile.flops / (c.microbatch * batch.length)
+    slack = assignment.bound / assignment.objective if assignment.objective > 0 else 1.0
+    bound = min(search.bound, best.seconds) * min(1.0, slack)
+    gap = max(0.0, (best.seconds - bound) / best.seconds)
+    status = "time limit" if search.stopped else "optimal" if gap <= 0.01 else "feasible"
+    return PlanDocument(
+        model=facts(program, flops),
+        plan=plan(program, best, assignment, source.calls),
+        cost=cost(best, setting, batch, flops),
+        search=SearchFacts(
+            seconds=seconds, trace_seconds=0.0, status=status, objective=best.seconds, bound=bound, gap=gap, candidates=count
+        ),
+        runners_up=runners_up(search),
+        binding=binding(best, setting),
+    )
+
+
+def facts(program: Program, flops: float) -> ModelFacts:
+    own = [p for p in program.parameters.values() if p.alias_of is None]
+    return ModelFacts(
+        parameters=sum(p.numel for p in own),
+        trainable_parameters=sum(p.numel for p in own if p.trainable),
+        flops_per_token=flops,
+    )
+
+
+def plan(program: Program, best: Outcome, assignment: Assignment, calls: int) -> Plan:
+    c = best.candidate
+    return Plan(
+        mesh=c.mesh,
+        zero=c.zero,  # type: ignore[arg-type]
+        microbatch=c.microbatch,
+        microbatches=c.microbatches,
+        schedule=c.schedule,
+        virtual_stages=c.virtual,
+        sequence_parallel=c.mesh.tp > 1 and splits_sequence(program, assignment),
+        stages=tuple(
+            Stage(
+                blocks=(p.blocks[0], p.blocks[1] - 1),
+                recompute=tuple(RECOMPUTE[m] for m in p.recompute),  # type: ignore[misc]
+                peak_bytes=round(peak),
+                seconds=Seconds(forward=p.forward, backward=p.backward),
+            )
+            for p, peak in zip(best.parts, best.peaks, strict=True)
+        ),
+        choices=assignment.choices(program),
+        placements=assignment.placements(program),
+        unsplit=assignment.unsplit,
+    )
+
+
+def splits_sequence(program: Program, assignment: Assignment) -> bool:
+    """Whether what flows from block to block is split over the sequence."""
+    for name, body in program.blocks.items():
+        for place in placeholders(body):
+            p = assignment.of(name, place).outputs[0]
+            v = (place, 0)
+            if place.meta["kind"] == "input" and p.sharded and flows(v) and tensors(place) and tensor(v).is_floating_point():
+                return "sequence" in dims(v)[p.dim]
+    return False
+
+
+def cost(best: Outcome, setting: Setting, batch: Batch, flops: float) -> Cost:
+    device = setting.cluster.device
+    tokens = batch.tokens / best.seconds
+    peak = device.peak(str(setting.precision.compute).removeprefix("torch."))
+    return Cost(
+        step_seconds=best.seconds,
+        compute_seconds=best.compute,
+        exposed_communication_seconds=best.exposed,
+        bubble_seconds=best.bubble,
+        optimizer_seconds=best.optimizer,
+        tokens_per_second=tokens,
+        mfu=flops * tokens / (setting.cluster.devices * peak),
+        peak_bytes=best.bytes.total,
+        bytes=Bytes(**best.bytes.model_dump()),
+    )
+
+
+def runners_up(search: Search) -> tuple[RunnerUp, ...]:
+    """The next best plans that were worked out, one for each mesh, ZeRO stage, micro-batch and schedule."""
+    from autopar.solve.search import KEPT
+
+    found: dict[tuple, Outcome] = {}
+    for o in sorted(search.others, key=lambda o: o.seconds):
+        c = o.candidate
+        found.setdefault((c.mesh, c.zero, c.microbatch, c.schedule), o)
+    return tuple(
+        RunnerUp(
+            summary=summary(o),
+            mesh=o.candidate.mesh,
+            zero=o.candidate.zero,
+            microbatch=o.candidate.microbatch,
+            schedule=o.candidate.schedule,
+            step_seconds=o.seconds,
+            peak_bytes=o.bytes.total,
+        )
+        for o in list(found.values())[:KEPT]
+    )
+
+
+def summary(o: Outcome) -> str:
+    """One line: ``tp 4 · pp 2 · dp 8 · zero 1 · micro-batch 2 · 1f1b · 4 of 32 blocks recomputed``."""
+    c = o.candidate
+    again = sum(m > 0 for p in o.parts for m in p.recompute)
+    total = sum(len(p.recompute) for p in o.parts)
+    name = c.schedule if c.virtual == 1 else f"{c.schedule} × {c.virtual}"
+    return (
+        f"tp {c.mesh.tp} · pp {c.mesh.pp} · dp {c.mesh.dp} · zero {c.zero} · micro-batch {c.microbatch} · {name} · "
+        f"{again} of {total} blocks recomputed"
+    )
+
+
+def binding(best: Outcome, setting: Setting) -> tuple[str, ...]:
+    """What keeps the plan from being faster."""
+    found = []
+    full = max(best.peaks)
+    if full >= TIGHT * setting.limit:
+        found.append(f"memory: {full / GIB:.1f} of {setting.limit / GIB:.1f} GiB on stage {best.peaks.index(full)}")
+    again = sum(m > 0 for p in best.parts for m in p.recompute)
+    if again and setting.recompute is None:
+        found.append(f"memory: {again} of {sum(len(p.recompute) for p in best.parts)} blocks are recomputed to fit")
+    if best.bubble > 0.05 * best.seconds:
+        found.append(f"pipeline: {best.bubble / best.seconds:.0%} of the step is waiting; more micro-batches would shorten it")
+    if best.exposed > 0.1 * best.seconds:
+        found.append(f"links: {best.exposed / best.seconds:.0%} of the step is communication that shows")
+    return tuple(found)

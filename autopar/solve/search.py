@@ -1,0 +1,139 @@
+"""The outer search: mesh, ZeRO stage, micro-batch, schedule, stages and recompute, by branch and bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autopar.cluster import Cluster
+from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.program import Program
+from autopar.plan.plan import Plan, PlanDocument
+from autopar.solve import report, shortage
+from autopar.solve.outcome import Outcome, outcome, settle
+from autopar.solve.pipeline import Candidate, Setting, blocks
+from autopar.solve.prepare import Source, setting_of
+from autopar.solve.space import candidates, check_batch, meshes
+from autopar.solve.stages import Cutter
+from autopar.spec.job import Batch, Job, Pins
+
+CLOSE = 1e-4  # a candidate must promise to be this share faster than the best to be looked at
+KEPT = 6  # plans kept as runners-up
+
+
+@dataclass
+class Search:
+    """The state of one search."""
+
+    source: Source
+    setting: Setting
+    best: Outcome | None = None
+    others: list[Outcome] = field(default_factory=list)
+    seen: int = 0
+    bound: float = float("inf")
+    stopped: bool = False
+
+    def run(self, found: list[tuple[float, Candidate]], until: float) -> None:
+        """Candidates in the order of their lower bounds; once a bound is above the best plan, all further ones are."""
+        for low, candidate in found:
+            if self.best is not None and low >= self.best.seconds * (1 - CLOSE):
+                break
+            if time.perf_counter() > until and self.best is not None:
+                self.stopped = True
+                self.bound = min(self.bound, low)
+                break
+            self.seen += 1
+            self.look(candidate)
+        if self.best is not None:
+            self.bound = min(self.bound, self.best.seconds)
+
+    def look(self, candidate: Candidate) -> None:
+        """Cut, and if that promises to be better than the best so far, run the schedule."""
+        cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
+        value, spans = cutter.cut()
+        limit = float("inf") if self.best is None else self.best.seconds
+        if not spans or value >= limit * (1 - CLOSE):
+            return
+        made = settle(cutter, spans)
+        if made is None:
+            return
+        if self.best is None or made.seconds < self.best.seconds * (1 - 1e-12):
+            if self.best is not None:
+                self.others.append(self.best)
+            self.best = made
+        else:
+            self.others.append(made)
+
+
+def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Job) -> PlanDocument:
+    """The fastest plan of one optimizer step that fits every device, with its bound and the runners-up.
+
+    ``program`` is traced once; ``program.at(batch=, length=)`` (or the function itself) gives the static program of a
+    micro-batch. Raises `PlanError` for pins that cannot be, `InfeasibleError` where nothing fits.
+    """
+    began = time.perf_counter()
+    source, setting, batch = prepared(program, cluster, job)
+    search = Search(source, setting)
+    found = ordered(source, setting, batch, job.pins)
+    search.run(found, began + job.search.seconds)
+    if search.best is None:
+        raise InfeasibleError(shortage.message(source, setting, batch, job, [c for _, c in found]))
+    took = time.perf_counter() - began
+    return report.document(source, setting, batch, search, len(found), took)
+
+
+def prepared(program: Program | Callable[[int], Program], cluster: Cluster, job: Job) -> tuple[Source, Setting, Batch]:
+    if job.batch is None:
+        raise PlanError("the job has no batch; give its sequences and length")
+    setting = setting_of(program, cluster, job)
+    return Source(program, cluster, setting, job), setting, job.batch
+
+
+def ordered(source: Source, setting: Setting, batch: Batch, pins: Pins) -> list[tuple[float, Candidate]]:
+    """All candidates whose parameters alone do not exceed the memory, with a lower bound on their step; least first."""
+    cluster = setting.cluster
+    grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins)
+    check_batch(batch, grids, pins)
+    found = []
+    for mesh in grids:
+        for variant in source.variants(mesh.tp):
+            for c in candidates(mesh, batch.sequences, source.calls, pins, variant):
+                if source.could_fit(c):
+                    found.append((source.least(c), c))
+    if not found:
+        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, pins, source.variants(m.tp)[0])]
+        if not legal:
+            raise PlanError(
+                f"no schedule goes with these pins: {pins.schedule or 'any schedule'}, virtual_stages="
+                f"{pins.virtual_stages}, {batch.sequences} sequences, meshes {', '.join(map(str, grids[:4]))}"
+            )
+        raise InfeasibleError(shortage.message(source, setting, batch, source.job, legal))
+    return sorted(found, key=lambda f: (f[0], order(f[1])))
+
+
+def order(c: Candidate) -> tuple:
+    """Ties are broken the same way every time: simpler plans first."""
+    return (c.mesh.pp, c.mesh.tp, c.zero, c.virtual, c.schedule, -c.microbatch, c.variant)
+
+
+def evaluate(program: Program | Callable[[int], Program], cluster: Cluster, job: Job, plan: Plan) -> PlanDocument:
+    """What a given plan costs: its mesh, stages, recompute and choices as they stand, fitting or not."""
+    began = time.perf_counter()
+    source, setting, batch = prepared(program, cluster, job)
+    if plan.mesh.devices != cluster.devices:
+        raise PlanError(f"the plan is for {plan.mesh.devices} devices, the cluster has {cluster.devices}")
+    made = plan_outcome(source, setting, plan)
+    search = Search(source, setting, made, bound=made.seconds, seen=1)
+    return report.document(source, setting, batch, search, 1, time.perf_counter() - began)
+
+
+def plan_outcome(source: Source, setting: Setting, plan: Plan) -> Outcome:
+    from autopar.cost.regions import RECOMPUTE
+
+    variant = source.adopt(plan)
+    c = Candidate(plan.mesh, plan.zero, plan.microbatch, plan.microbatches, plan.schedule, plan.virtual_stages, variant)
+    cutter = Cutter(blocks(source.profile(c), c, setting), c, setting)
+    spans = [(s.blocks[0], s.blocks[1] + 1) for s in plan.stages]
+    modes = [tuple(RECOMPUTE.index(r) for r in s.recompute) or (0,) * (j - i) for s, (i, j) in zip(plan.stages, spans, strict=True)]  # noqa: E501
+    return outcome(cutter, spans, modes)

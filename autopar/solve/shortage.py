@@ -1,0 +1,151 @@
+"""Why nothing fits: the least memory any plan needs, where, and the cheapest ways out, each with its number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autopar.cluster import Cluster
+from autopar.cost.regions import RECOMPUTE
+from autopar.errors import PlanError
+from autopar.plan.plan import Bytes
+from autopar.solve.outcome import part, peak
+from autopar.solve.pipeline import Candidate, Setting, blocks
+from autopar.solve.prepare import Source
+from autopar.solve.space import candidates, meshes
+from autopar.solve.stages import Cutter, walk
+from autopar.spec.job import Batch, Job, Pins
+
+GIB = 2**30
+TRIED = 40  # candidates whose need is computed
+MORE_HOSTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Need:
+    """The least bytes with which a candidate runs, on which stage, and what they are."""
+
+    total: float
+    candidate: Candidate
+    stage: int
+    bytes: Bytes
+    recompute: str
+
+
+def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
+    """The smallest device memory that a candidate could run with; None if it cannot be cut at all."""
+    cutter = Cutter(blocks(source.profile(candidate), candidate, setting), candidate, setting)
+    n, stages = cutter.n, candidate.stages
+    if stages > max(1, n) or candidate.virtual > 1:
+        return None
+    modes = range(3) if setting.recompute is None else [RECOMPUTE.index(setting.recompute)]
+    legal = np.triu(np.ones((n + 1, n + 1), bool), 1 if n else 0)
+    best, links = np.full(n + 1, np.inf), []
+    best[0] = 0.0
+    for s in range(stages):
+        span = cutter.span(s)
+        plain = cutter.held(s, span)
+        held = [plain - cutter.flight[s] * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0] for k in modes]
+        value = np.maximum(best[:, None], np.where(legal, np.minimum.reduce(held), np.inf))
+        links.append(np.argmin(value, axis=0))
+        best = np.min(value, axis=0)
+    if not np.isfinite(best[n]):
+        return None
+    spans = walk(links, n)
+    found = []
+    for s, span in enumerate(spans):
+        options = [peak(cutter, [s], [part(cutter, s, span, (k,) * (span[1] - span[0]))]) for k in modes]
+        which = min(range(len(options)), key=lambda i: options[i][1])
+        found.append((options[which][1], s, options[which][0], RECOMPUTE[modes[which]]))
+    total, stage, made, mode = max(found, key=lambda f: (f[0], -f[1]))
+    return Need(total, candidate, stage, made, mode)
+
+
+def smallest(source: Source, setting: Setting, legal: list[Candidate]) -> Need | None:
+    """The candidate that needs least: among those with the smallest micro-batch and one stage a device."""
+    rank = sorted(
+        (c for c in legal if c.virtual == 1 and c.schedule != "gpipe" or c.mesh.pp == 1),
+        key=lambda c: (c.microbatch, -c.zero, -c.mesh.tp * c.mesh.pp),
+    )
+    found = [made for c in rank[:TRIED] if (made := need(source, setting, c)) is not None]
+    found = found or [made for c in legal[:TRIED] if (made := need(source, setting, c)) is not None]
+    return min(found, key=lambda f: f.total) if found else None
+
+
+def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: list[Candidate]) -> str:
+    """``no plan fits dgx-h100: 93.1 GiB per device needed at best (…), 76.0 GiB there; …``"""
+    cluster = setting.cluster
+    best = smallest(source, setting, legal)
+    there = f"{setting.limit / GIB:.1f} GiB there ({1 - job.search.memory_margin:.0%} of {cluster.device.memory / GIB:.1f})"
+    if best is None:
+        return f"no plan fits {cluster.name}: no pipeline can be cut under these pins; {there}"
+    c, b = best.candidate, best.bytes
+    parts = {"parameters": b.parameters, "gradients": b.gradients, "optimizer state": b.optimizer,
+             "activations": b.activations, "buffers at the peak": b.transient}  # fmt: skip
+    largest = ", ".join(f"{k} {v / GIB:.1f}" for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
+    where = f" on stage {best.stage}" if c.stages > 1 else ""
+    text = (
+        f"no plan fits {cluster.name} ({cluster.devices} devices): {best.total / GIB:.1f} GiB per device needed at best{where} "
+        f"(tp={c.mesh.tp}, pp={c.mesh.pp}, dp={c.mesh.dp}, zero={c.zero}, microbatch={c.microbatch}, recompute "
+        f"{best.recompute}), {there}; {largest} GiB"
+    )
+    ways = relaxations(source, setting, batch, job, best)
+    return f"{text}. Any of these would do: {'; '.join(ways)}" if ways else text
+
+
+def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: Need) -> list[str]:
+    """More memory, other pins, more hosts: what each would have to be."""
+    margin = 1 - job.search.memory_margin
+    found = []
+    free = {k for k in ("tp", "pp", "dp", "zero", "microbatch", "recompute", "schedule") if getattr(job.pins, k) is not None}
+    if free:
+        loose = unpinned(source, setting, batch, job)
+        if loose is not None and loose.total < best.total * 0.999:
+            c = loose.candidate
+            found.append(
+                f"leave out the pins ({', '.join(sorted(free))}): {loose.total / GIB:.1f} GiB with tp={c.mesh.tp}, "
+                f"pp={c.mesh.pp}, zero={c.zero}, recompute {loose.recompute}"
+            )
+    if best.total > setting.limit:
+        found.append(f"{best.total / margin / GIB:.0f} GiB of memory per device")
+    hosts = more_hosts(source, setting, batch, job)
+    if hosts is not None:
+        found.append(hosts)
+    return found
+
+
+def unpinned(source: Source, setting: Setting, batch: Batch, job: Job) -> Need | None:
+    free = Job(batch=job.batch, passes=job.passes, optimizer=job.optimizer, search=job.search)
+    other = Source(source.program, setting.cluster, replace(setting, recompute=None), free)
+    return least_on(other, replace(setting, recompute=None), setting.cluster, batch, Pins())
+
+
+def more_hosts(source: Source, setting: Setting, batch: Batch, job: Job) -> str | None:
+    """The fewest hosts of the same kind on which something fits."""
+    if len(setting.cluster.groups) > 1:
+        return None
+    for times in MORE_HOSTS:
+        cluster = grown(setting.cluster, times)
+        wider = replace(setting, cluster=cluster)
+        pins = job.pins.model_copy(update={"dp": None, "pp": None})
+        made = least_on(Source(source.program, cluster, wider, job), wider, cluster, batch, pins)
+        if made is not None and made.total <= setting.limit:
+            return f"{cluster.hosts} hosts ({made.total / GIB:.1f} GiB per device)"
+    return None
+
+
+def grown(cluster: Cluster, times: int) -> Cluster:
+    """A cluster of one kind with more hosts; links over the whole cluster reach all of them."""
+    group = cluster.groups[0]
+    links = tuple(replace(k, devices=k.devices * times) if k.span == "cluster" else k for k in cluster.links)
+    return Cluster(cluster.name, (replace(group, hosts=group.hosts * times, links=links),), links)
+
+
+def least_on(source: Source, setting: Setting, cluster: Cluster, batch: Batch, pins: Pins) -> Need | None:
+    try:
+        grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins)
+        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, pins, source.variants(m.tp)[0])]
+    except PlanError:
+        return None
+    return smallest(source, setting, legal)

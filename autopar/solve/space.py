@@ -1,0 +1,98 @@
+"""The points of the outer search that the job's pins and the arithmetic allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from autopar.cost.timeline import rounds
+from autopar.errors import PlanError
+from autopar.plan.plan import MeshShape
+from autopar.solve.pipeline import Candidate
+from autopar.spec.job import Batch, Pins
+
+MOST_VIRTUAL = 8  # stages a device under interleaving: more only multiply messages
+KNOWN = ("gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble")
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0] if n < 4096 else sorted(
+        {e for d in range(1, int(n**0.5) + 1) if n % d == 0 for e in (d, n // d)}
+    )  # fmt: skip
+
+
+def meshes(devices: int, per_host: int, blocks: int, sequences: int, pins: Pins) -> list[MeshShape]:
+    """Every mesh that uses all devices. tp stays within a host unless it is pinned. Raises `PlanError` if there is none."""
+    if pins.cp not in (None, 1):
+        raise PlanError(f"cp={pins.cp}: context parallelism is not available; leave cp at 1")
+    product = (pins.tp or 1) * (pins.pp or 1) * (pins.dp or 1)
+    if devices % product:
+        named = " · ".join(f"{k}={getattr(pins, k)}" for k in ("tp", "pp", "dp") if getattr(pins, k))
+        raise PlanError(f"pins {named} take {product} devices a copy, which does not divide the {devices} devices there")
+    found = []
+    for tp in [pins.tp] if pins.tp else [d for d in divisors(devices) if d <= per_host]:
+        for pp in [pins.pp] if pins.pp else divisors(devices // tp):
+            if devices % (tp * pp) or pp > max(1, blocks):
+                continue
+            dp = devices // (tp * pp)
+            if pins.dp in (None, dp) and sequences % dp == 0:
+                found.append(MeshShape(pp=pp, dp=dp, tp=tp))
+    if not found:
+        raise PlanError(impossible(devices, blocks, sequences, pins))
+    return found
+
+
+def impossible(devices: int, blocks: int, sequences: int, pins: Pins) -> str:
+    """Why no mesh is left, with the numbers."""
+    if pins.pp and pins.pp > max(1, blocks):
+        return f"pp={pins.pp} needs at least {pins.pp} blocks; the model has {blocks}"
+    if pins.tp and pins.pp and pins.dp and pins.tp * pins.pp * pins.dp != devices:
+        total = pins.tp * pins.pp * pins.dp
+        return f"tp={pins.tp} · pp={pins.pp} · dp={pins.dp} = {total}, but there are {devices} devices"
+    model = (pins.tp or 1) * (pins.pp or 1)
+    return (
+        f"{devices} devices and {sequences} sequences a step do not go together: the replicas (dp = {devices} / (tp · pp)"
+        f"{f', at most {devices // model} here' if model > 1 else ''}) must divide the sequences, tp stay within a host "
+        f"and pp within the {blocks} blocks; take sequences that a divisor of {devices} divides"
+    )
+
+
+def candidates(mesh: MeshShape, sequences: int, blocks: int, pins: Pins, variant: str) -> Iterator[Candidate]:
+    """Every ZeRO stage, micro-batch and schedule on a mesh."""
+    each = sequences // mesh.dp
+    if pins.microbatch and each % pins.microbatch:
+        return
+    zeros = [pins.zero] if pins.zero is not None else [0] if mesh.dp == 1 else [0, 1, 2, 3]
+    for b in [pins.microbatch] if pins.microbatch else divisors(each):
+        for schedule, virtual in schedules(mesh.pp, each // b, blocks, pins):
+            for zero in zeros:
+                if schedule == "interleavedzerobubble" and zero > 1:
+                    continue  # wrong gradients, without a word (torch 2.13)
+                yield Candidate(mesh, zero, b, each // b, schedule, virtual, variant)
+
+
+def schedules(pp: int, microbatches: int, blocks: int, pins: Pins) -> Iterator[tuple[str, int]]:
+    """Schedules with their stages per device. Zero-bubble schedules only where they are pinned."""
+    if pins.schedule is not None and pins.schedule not in KNOWN:
+        raise PlanError(f"schedule {pins.schedule} cannot be planned; known here: {', '.join(KNOWN)}")
+    if pp == 1:
+        if pins.virtual_stages in (None, 1):
+            yield pins.schedule or "1f1b", 1
+        return
+    for name in [pins.schedule] if pins.schedule else ["1f1b", "gpipe", "interleaved1f1b"]:
+        if name in ("gpipe", "1f1b"):
+            if pins.virtual_stages in (None, 1):
+                yield name, 1
+        elif rounds(microbatches, pp) is not None:
+            for v in [pins.virtual_stages] if pins.virtual_stages else range(2, MOST_VIRTUAL + 1):
+                if v * pp <= blocks and (v > 1 or pins.schedule):
+                    yield name, v
+
+
+def check_batch(batch: Batch, found: list[MeshShape], pins: Pins) -> None:
+    """A pinned micro-batch must divide a replica's share."""
+    if pins.microbatch and all(batch.sequences // m.dp % pins.microbatch for m in found):
+        shares = sorted({batch.sequences // m.dp for m in found})
+        raise PlanError(
+            f"microbatch={pins.microbatch} does not divide the {shares[0]} sequences of a replica "
+            f"({batch.sequences} a step over dp={batch.sequences // shares[0]}); one of {divisors(shares[0])} would"
+        )

@@ -1,0 +1,277 @@
+"""Where a pipeline is cut, and which blocks of a stage are recomputed, by dynamic programming.
+
+With stages in order, blocks i … j-1 on stage s, a step of the schedules here takes at least (and, stages being alike, just)
+
+    max over s of   Σ (f + b) of the blocks before i  +  2 · Σ sends before s  +  m · (f + b + again)[i, j]  +  end[i, j]      (1)
+
+    best[s, j] = min over i < j of  max( best[s-1, i], the s-term of (1) for [i, j] )                                         (2)
+
+``again`` is the least time of recomputing that makes [i, j] fit the memory of stage s: blocks are recomputed selectively,
+fully, or selectively and some of them fully, whichever is least (3). What does not fit is infinite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.cost import collective
+from autopar.cost.memory import Sharding, States, states
+from autopar.cost.regions import RECOMPUTE, Region
+from autopar.cost.timeline import in_flight, stage_counts
+from autopar.solve.blocks import BEFORE
+from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, line, once_a_step
+
+
+@dataclass
+class Span:
+    """Stage s as [i, j] matrices (or, for one span, numbers): seconds of one micro-batch, elements, and bytes.
+
+    ``compute`` and ``talk`` add up to forward + backward. ``saved`` per micro-batch in flight and ``working`` have an
+    entry for each of none, selective, full; so have ``again`` (seconds) and ``again_talk`` (the part that is talking).
+    """
+
+    forward: Array
+    backward: Array
+    talk: Array
+    again: list[Array]
+    again_talk: list[Array]
+    saved: list[Array]
+    fixed: Array
+    working: list[Array]
+    trained: Array
+    frozen: Array
+    partial: Array
+    root: Array
+    unit: Array
+    largest: Array
+
+    @property
+    def all(self) -> Array:
+        return self.trained + self.frozen
+
+
+class Cutter:
+    """The matrices of a candidate, stage by stage."""
+
+    def __init__(self, blocks: Blocks, candidate: Candidate, setting: Setting) -> None:
+        self.blocks, self.candidate, self.setting = blocks, candidate, setting
+        self.n = len(blocks.forward)
+        self.sharding = sharding_of(candidate, setting)
+        mesh = candidate.mesh
+        self.dp = setting.cluster.axis_link(mesh, "dp")
+        pp = setting.cluster.axis_link(mesh, "pp")
+        self.sends = [collective.send(float(b), pp) for b in blocks.cuts]
+        self.flight = flights(candidate)
+        self.sums = {k: np.concatenate([[0.0], np.cumsum(v)]) for k, v in self.rows().items()}
+        self.cells: dict[str, Array] = {}
+        self.spans: dict[tuple[bool, bool], Span] = {}
+        self.fixed_terms: dict[tuple[bool, bool], Array] = {}
+
+    def rows(self) -> dict[str, Array]:
+        b = self.blocks
+        found = {"forward": b.forward, "backward": b.backward, "talk": b.talk, "trained": b.trained, "frozen": b.frozen,
+                 "partial": b.partial}  # fmt: skip
+        for mode in range(3):
+            found |= {f"saved{mode}": b.saved[mode], f"again{mode}": b.again[mode], f"again_talk{mode}": b.again_talk[mode]}
+        return found
+
+    def over(self, key: str) -> Array:
+        """Sums over blocks i … j-1 as an (n+1)×(n+1) matrix; what is not i < j means nothing."""
+        if key not in self.cells:
+            self.cells[key] = self.sums[key][None, :] - self.sums[key][:, None]
+        return self.cells[key]
+
+    def most(self, name: str, row: Array) -> Array:
+        """Maxima over blocks i … j-1."""
+        if name not in self.cells:
+            made = np.zeros((self.n + 1, self.n + 1))
+            for i in range(self.n):
+                made[i, i + 1 :] = np.maximum.accumulate(row[i:])
+            self.cells[name] = made
+        return self.cells[name]
+
+    def ends(self, s: int) -> list[Region]:
+        """What a stage runs beside its blocks."""
+        found = [self.blocks.every]
+        if s == 0:
+            found.append(self.blocks.first)
+        if s == self.candidate.stages - 1:
+            found.append(self.blocks.last)
+        return found
+
+    def loose(self, s: int) -> tuple[Array, Array, Array, Array]:
+        """Elements trained, frozen, partial of parameters outside of blocks, and the largest of them trained."""
+        trained, frozen, partial = (np.zeros((self.n + 1, self.n + 1)) for _ in range(3))
+        largest = 0.0
+        at = np.arange(self.n + 1)
+        for held, positions in self.blocks.loose:
+            here = s == 0 and BEFORE in positions or s == self.candidate.stages - 1 and self.n in positions
+            mask = np.full(trained.shape, float(here))
+            for k in positions if not here else ():
+                if 0 <= k < self.n:
+                    mask = np.maximum(mask, (at[:, None] <= k) & (k < at[None, :]))
+            trained, frozen, partial = (
+                trained + mask * held.trained, frozen + mask * held.frozen, partial + mask * held.partial)  # fmt: skip
+            largest = max(largest, held.trained if here else 0.0)
+        return trained, frozen, partial, np.full(trained.shape, largest)
+
+    def span(self, s: int) -> Span:
+        """All matrices of stage s; stages that are neither first nor last share them."""
+        role = (s == 0, s == self.candidate.stages - 1)
+        if role not in self.spans:
+            self.spans[role] = self.measured(s)
+        return self.spans[role]
+
+    def measured(self, s: int) -> Span:
+        b, ends = self.blocks, self.ends(s)
+        trained, frozen, partial, biggest = self.loose(s)
+        root, root_trained = trained + frozen, trained
+        per = self.most("unit", b.trained + b.frozen)
+        largest = np.maximum(self.most("unit_trained", b.trained), biggest)
+        forward = self.over("forward") + sum(e.forward + e.forward_talk for e in ends)
+        backward = self.over("backward") + sum(e.backward_input + e.backward_weight + e.backward_talk for e in ends)
+        talk = self.over("talk") + sum(e.forward_talk + e.backward_talk for e in ends)
+        shown_f, shown_b = self.shown(root, root_trained, per, largest)
+        return Span(
+            forward=forward + shown_f,
+            backward=backward + shown_b,
+            talk=talk + shown_f + shown_b,
+            again=[self.over(f"again{k}") + self.over(f"again_talk{k}") for k in range(3)],
+            again_talk=[self.over(f"again_talk{k}") for k in range(3)],
+            saved=[self.over(f"saved{k}") for k in range(3)],
+            fixed=np.full(forward.shape, sum(e.saved[0] for e in ends) + b.shared_bytes),
+            working=[np.maximum(self.most(f"working{k}", b.working[k]), max(e.working[0] for e in ends)) for k in range(3)],
+            trained=self.over("trained") + trained,
+            frozen=self.over("frozen") + frozen,
+            partial=self.over("partial") + partial,
+            root=root,
+            unit=root + 2 * per,
+            largest=largest,
+        )
+
+    def shown(self, root: Array, root_trained: Array, unit: Array, largest: Array) -> tuple[Array, Array]:
+        """What shows of ZeRO's traffic in every micro-batch: the first gathers, the last reductions, the root's."""
+        p, zero = self.setting.precision, self.candidate.zero
+        if self.candidate.mesh.dp == 1 or zero < 2:
+            return np.zeros_like(root), np.zeros_like(root)
+        reduce = line(lambda x: collective.gather(x, self.dp), p.reduce.itemsize * (root_trained + largest * (unit > 0)))
+        if zero == 2:
+            return np.zeros_like(root), reduce
+        gather = line(lambda x: collective.gather(x, self.dp), p.compute.itemsize * (root + unit))
+        return gather, gather + reduce
+
+    # ---------------------------------------------------------------- memory
+
+    def buffers(self, s: int) -> Array:
+        """Bytes that torch's `PipelineStage` keeps to receive in: one for every micro-batch (those in flight are what
+        the first block saves and counted there)."""
+        m, stages = self.candidate.microbatches, self.candidate.stages
+        if stages == 1:
+            return np.zeros((self.n + 1, self.n + 1))
+        received = np.concatenate([[0.0], self.blocks.cuts, [0.0]])
+        return (m - self.flight[s]) * received[:, None] * (s > 0) + m * received[None, :] * (s < stages - 1)
+
+    def states(self, span: Span) -> States:
+        return states(self.sharding, span.trained, span.frozen, span.unit, span.largest)
+
+    def held(self, s: int, span: Span) -> Array:
+        """Bytes of stage s without recompute, at the peak."""
+        made = self.states(span)
+        saved = self.flight[s] * (span.saved[0] + span.fixed)
+        fixed = made.parameters + made.gradients + made.optimizer + made.transient
+        return fixed + saved + span.working[0] + self.buffers(s)
+
+    def again(self, s: int, span: Span, limit: float | Array) -> Array:
+        """(3): the least seconds of recomputing a micro-batch with which the stage fits ``limit``."""
+        flight, need = self.flight[s], self.held(s, span) - limit
+        if self.setting.recompute is not None:
+            k = RECOMPUTE.index(self.setting.recompute)
+            need = need - flight * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0]
+            return np.where(need <= 0, span.again[k], np.inf)
+        at = np.arange(self.n + 1)
+        count = np.maximum(at[None, :] - at[:, None], 1).astype(float)
+        spared = [flight * (span.saved[0] - span.saved[k]) for k in range(3)]
+        some = self.part(need + span.working[1] - span.working[0], spared[1], span.again[1], count)
+        full = self.part(need + span.working[2] - span.working[0], spared[2], span.again[2], count)
+        more = self.part(need + span.working[2] - span.working[0] - spared[1], spared[2] - spared[1],
+                         span.again[2] - span.again[1], count) + span.again[1]  # fmt: skip
+        return np.where(need <= 0, 0.0, np.minimum(np.minimum(some, full), more))
+
+    @staticmethod
+    def part(need: Array, spared: Array, seconds: Array, count: Array) -> Array:
+        """Seconds of recomputing as few blocks as spare ``need`` bytes; infinite if all do not suffice."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            blocks = np.where(spared > 0, np.ceil(np.maximum(need, 0) * count / spared - 1e-9), np.inf)
+        return np.where(need <= 0, 0.0, np.where(blocks <= count, blocks * seconds / count, np.inf))
+
+    # ---------------------------------------------------------------- the cuts
+
+    def terms(self, s: int) -> Array:
+        """The s-term of (1) for every [i, j]. Several stages a device: the fit is looked after device by device, later."""
+        span, c = self.span(s), self.candidate
+        role = (s == 0, s == c.stages - 1)
+        if role not in self.fixed_terms:
+            exposed, optimizer = once_a_step(c, self.setting, self.sharding, span)
+            self.fixed_terms[role] = c.microbatches * (span.forward + span.backward) + exposed + optimizer
+        limit = self.setting.limit if c.virtual == 1 else np.inf
+        made = self.fixed_terms[role] + c.microbatches * self.again(s, span, limit)
+        if c.virtual > 1 or s == 0:
+            return made
+        before = self.sums["forward"] + self.sums["backward"] + 2 * sum(sorted(self.sends)[:s])
+        return made + before[:, None] + sum(total(e) for e in self.ends(0))
+
+    def cut(self) -> tuple[float, list[tuple[int, int]]]:
+        """(2): the least value of (1) and the blocks of every stage; infinite and empty where nothing fits."""
+        n, stages = self.n, self.candidate.stages
+        if stages > max(n, 1):
+            return float("inf"), []
+        if stages == 1:
+            alone = float(self.terms(0)[0, n])
+            return alone, [(0, n)] if np.isfinite(alone) else []
+        legal = np.triu(np.ones((n + 1, n + 1), bool), 1)
+        best = np.full(n + 1, np.inf)
+        best[0] = -np.inf
+        links: list[Array] = []
+        for s in range(stages):
+            value = np.maximum(best[:, None], np.where(legal, self.terms(s), np.inf))
+            links.append(np.argmin(value, axis=0))
+            best = np.min(value, axis=0)
+        return (float(best[n]), walk(links, n)) if np.isfinite(best[n]) else (float("inf"), [])
+
+
+def total(region: Region) -> float:
+    """Seconds of a region's forward and backward."""
+    return (
+        region.forward + region.forward_talk + region.backward_input + region.backward_weight + region.backward_talk
+    )
+
+
+def walk(links: list[Array], n: int) -> list[tuple[int, int]]:
+    found, j = [], n
+    for link in reversed(links):
+        i = int(link[j])
+        found.append((i, j))
+        j = i
+    return found[::-1]
+
+
+def sharding_of(candidate: Candidate, setting: Setting) -> Sharding:
+    accumulates = candidate.microbatches > 1 or candidate.mesh.pp > 1
+    return Sharding(candidate.zero, candidate.mesh.dp, setting.precision, setting.moments, accumulates)
+
+
+def flights(candidate: Candidate) -> tuple[int, ...]:
+    """Micro-batches in flight per stage; of several stages on a device, at the time when the device holds most."""
+    c, pp = candidate, candidate.mesh.pp
+    if pp == 1:
+        return (1,)
+    if c.virtual == 1:
+        return in_flight(c.schedule, pp, 1, c.microbatches)
+    found = [0] * c.stages
+    for d in range(pp):
+        fullest = max(stage_counts(c.schedule, pp, c.virtual, c.microbatches, d), key=lambda counts: sum(counts.values()))
+        for stage, count in fullest.items():
+            found[stage] = count
+    return tuple(found)
