@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from autopar.errors import AutoparError, SpecError, suggestion
 
 EXIT_DONE, EXIT_FAULT, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "AUTOPAR_TRACEBACK"
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # a full disk, no permission
 LONGEST = 2000  # characters of a message on stderr
 
 _JOB = "a job file, or the name of one in specs/jobs"
@@ -166,6 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:
+        if error.errno in ENVIRONMENT:
+            return _complain(f"{error.filename or 'writing'}: {error.strerror}", EXIT_WRONG)
+        return _complain(fault(error), EXIT_FAULT)
     except Exception as error:
         return _complain(fault(error), EXIT_FAULT)
 

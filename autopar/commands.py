@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -96,11 +97,8 @@ def compile_(args: argparse.Namespace, out: TextIO) -> int:
     from autopar.plan.file import read_plan
 
     job = read_job(args.job, args.sets)
-    folder = _usable_folder(args.output)
     document = read_plan(args.plan) if args.plan else None
-    from autopar import api
-
-    made = api.compile_job(job, folder, plan=document)
+    made = _compiled(job, Path(args.output), document)
     if args.json:
         cli.write_json(out, {"folder": str(made), "files": sorted(_files(made))})
     else:
@@ -108,8 +106,22 @@ def compile_(args: argparse.Namespace, out: TextIO) -> int:
     return cli.EXIT_DONE
 
 
-def _usable_folder(path: str | Path) -> Path:
-    folder = Path(path)
+def _compiled(job: Job, folder: Path, document: PlanDocument | None = None) -> Path:
+    """Write the executable; where that fails, a folder that was made for it is taken away again."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    _make_usable(folder)
+    from autopar import api
+
+    try:
+        return api.compile_job(job, folder, plan=document)
+    except BaseException:
+        for place in missing:
+            with contextlib.suppress(OSError):  # not empty: what was written before the failure stays to be looked at
+                place.rmdir()
+        raise
+
+
+def _make_usable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SpecError(f"{folder} is a file; the executable needs a folder")
     if folder.is_dir() and any(folder.iterdir()) and not _is_build(folder):
@@ -118,7 +130,6 @@ def _usable_folder(path: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SpecError(f"cannot write {folder}: {error.strerror}") from None
-    return folder
 
 
 def _is_build(folder: Path) -> bool:
@@ -162,10 +173,8 @@ def _built(args: argparse.Namespace) -> Path:
     whole = all((folder / name).is_file() for name in BUILD_FILES)
     if whole and (folder / "job.yaml").read_text(encoding="utf-8") == job.dump():
         return folder
-    from autopar import api
-
     print(f"autopar: compiling into {folder}", file=sys.stderr, flush=True)
-    return api.compile_job(job, _usable_folder(folder))
+    return _compiled(job, folder)
 
 
 def verify(args: argparse.Namespace, out: TextIO) -> int:

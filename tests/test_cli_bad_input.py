@@ -117,6 +117,20 @@ def test_a_wrong_call_ends_with_status_2_and_one_short_message(tmp_path, capfd, 
     assert not planned
 
 
+@pytest.mark.parametrize(("error", "status"), [(InfeasibleError("no plan fits"), 2), (OSError(28, "No space"), 2)])
+def test_a_failed_compile_leaves_no_folder_behind(tmp_path, capfd, monkeypatch, error, status):
+    from autopar import api
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(api, "compile_job", fail)
+    made = tmp_path / "a" / "b"
+    assert call(capfd, "compile", write(tmp_path), "-o", str(made))[0] == status
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+    assert call(capfd, "compile", write(tmp_path), "-o", "/proc/no/such")[0] == 2
+
+
 def test_json_alone_is_on_stdout_whatever_libraries_print(tmp_path, capfd, planned):
     status, out, err = call(capfd, "plan", write(tmp_path), "--json")
     assert status == 0 and json.loads(out)["search"]["status"] == "optimal" and out.count("\n") == 1

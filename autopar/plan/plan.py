@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Recompute = Literal["none", "selective", "full"]
 VERSION = "1"
@@ -43,6 +43,19 @@ class Stage(Frozen):
     recompute: tuple[Recompute, ...] = ()  # one entry for each block call of the stage
     peak_bytes: int = 0
     seconds: Seconds = Seconds()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """In JSON ``recompute`` counts the blocks of each kind, ``recompute_each`` names every block's."""
+        counts = {kind: self.recompute.count(kind) for kind in get_args(Recompute)}
+        return {**handler(self), "recompute": counts, "recompute_each": list(self.recompute)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "recompute_each" not in data:
+            return data
+        return {k: v for k, v in data.items() if k != "recompute_each"} | {"recompute": data["recompute_each"]}
 
 
 class Choice(Frozen):

@@ -70,18 +70,19 @@ def assign(job: Source, text: str) -> None:
     if not equals or not all(keys):
         raise SpecError(f"{label}: must be key.path=value, such as batch.length=4096")
     here: Any = job.data
+    place: list[Any] = []
     for depth, key in enumerate(keys[:-1]):
+        place.append(_index(here, key, label) if isinstance(here, list) else key)
         here = _step(here, key, keys[:depth], label)
     if isinstance(here, list):
-        here[_index(here, keys[-1], label)] = source.value(written, label)
+        place.append(_index(here, keys[-1], label))
     elif isinstance(here, dict):
-        here[keys[-1]] = source.value(written, label)
+        place.append(keys[-1])
     else:
         raise SpecError(f"{label}: '{'.'.join(keys[:-1])}' is {here!r} and has no key '{keys[-1]}'")
-    whole = tuple(int(key) if key.isdigit() and ("passes" in keys or "links" in keys) else key for key in keys)
-    for mark in [m for m in job.marks if m[: len(whole)] == whole]:
-        del job.marks[mark]
-    job.marks[whole] = label
+    here[place[-1]] = source.value(written, label)
+    job.marks = {at: mark for at, mark in job.marks.items() if at[: len(place)] != tuple(place)}
+    job.marks[tuple(place)] = label
 
 
 def _step(here: Any, key: str, before: list[str], label: str) -> Any:
