@@ -44,14 +44,9 @@ def summed(x: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
 def gathered(x: torch.Tensor, dim: int, pieces: Pieces, tp: ProcessGroup) -> torch.Tensor:
     """Shards of every rank, put together along ``dim``."""
     n = tp.size()
-    x = x.contiguous()
-    if pieces is None and (dim == 0 or x.shape[:dim].numel() == 1):
-        shape = (*x.shape[:dim], n * x.shape[dim], *x.shape[dim + 1 :])
-        out = x.new_empty(shape)
-        dist.all_gather_into_tensor(out, x, group=tp)
-        return out
-    flat = x.new_empty((n, *x.shape))
-    dist.all_gather_into_tensor(flat, x, group=tp)
+    flat = x.new_empty(n * x.numel())
+    dist.all_gather_single(flat, x.reshape(-1), group=tp)
+    flat = flat.view(n, *x.shape)
     if pieces is None:
         return flat.movedim(0, dim).reshape(*x.shape[:dim], n * x.shape[dim], *x.shape[dim + 1 :])
     shards = [s.split([p // n for p in pieces], dim) for s in flat.unbind(0)]
@@ -77,9 +72,9 @@ def sliced(x: torch.Tensor, dim: int, pieces: Pieces, tp: ProcessGroup) -> torch
 def reduced(x: torch.Tensor, dim: int, pieces: Pieces, tp: ProcessGroup) -> torch.Tensor:
     """This rank's shard of the sum over ranks."""
     stacked = ordered(x, dim, pieces, tp.size()).contiguous()
-    out = torch.empty_like(stacked[0])
-    dist.reduce_scatter_tensor(out, stacked.flatten(0, 1) if out.dim() else stacked, group=tp)
-    return out
+    out = stacked.new_empty(stacked[0].numel())
+    dist.reduce_scatter_single(out, stacked.view(-1), group=tp)
+    return out.view(stacked.shape[1:])
 
 
 def exchanged(x: torch.Tensor, source: int, target: int, pieces: Pieces, tp: ProcessGroup) -> torch.Tensor:

@@ -47,8 +47,15 @@ def strategy_of(node: fx.Node, choices: Mapping[str, Choice]) -> Strategy:
 class Localizer:
     """Rewrites one graph; ``deferrable``: placeholders whose gradients may be summed after the step's last backward."""
 
-    def __init__(self, choices: Mapping[str, Choice], degree: int, deferrable: set[fx.Node]) -> None:
+    def __init__(
+        self,
+        choices: Mapping[str, Choice],
+        degree: int,
+        deferrable: set[fx.Node],
+        owned: Mapping[str, set[int]] | None = None,
+    ) -> None:
         self.choices = choices
+        self.owned = owned or {}  # arguments of block calls that live inside the block: they never move
         self.degree = degree
         self.deferrable = deferrable
         self.graph = fx.Graph()
@@ -94,7 +101,10 @@ class Localizer:
             return found
         strategy = self.strategy(reader)
         found = []
-        for source, q in zip(sources, strategy.inputs, strict=True):
+        for i, (source, q) in enumerate(zip(sources, strategy.inputs, strict=True)):
+            if i in self.owned.get(str(reader.target), ()):
+                found.append((source, self.placement(source), None))
+                continue
             if reader.op == "call_module":
                 grad = wanted(q)  # the block hands back what its placeholder's value wants
             else:
@@ -109,12 +119,16 @@ class Localizer:
         """Parameters all of whose readers take them whole and give gradients in parts."""
         readers: dict[fx.Node, list[tuple[Placement, Placement | None]]] = {}
         for node in nodes:
-            if node.op == "placeholder" or node.op == "output" or node.target is operator.getitem:
+            if node.op in ("placeholder", "output", "call_module") or node.target is operator.getitem:
                 continue
             for source, q, grad in self.wants(node):
                 if source in self.deferrable and self.strategy(source).outputs[0] == R:
                     readers.setdefault(source, []).append((q, grad))
-        return {n for n, wants in readers.items() if n.meta["requires_grad"] and all(w == (R, P) for w in wants)}
+        called = {a for n in nodes if n.op == "call_module" for a in n.args}
+        return {
+            n for n, wants in readers.items()
+            if n.meta["requires_grad"] and n not in called and all(w == (R, P) for w in wants)
+        }
 
     # -------------------------------------------------------------- nodes
 
@@ -175,8 +189,8 @@ class Localizer:
             return self.env[source]
         key = (source, q, grad)
         if key not in self.moved:
-            target, args = move_call(p, q, grad)
-            new = self.graph.create_node("call_function", target, (self.env[source], *args, GROUP), {})
+            target, args, kwargs = move_call(p, q, grad)
+            new = self.graph.create_node("call_function", target, (self.env[source], *args, GROUP), kwargs)
             new.meta = {**self.env[source].meta, "places": (q,), "move": f"{p} → {q}"}
             self.places[new] = q
             self.moved[key] = new
@@ -197,26 +211,27 @@ def draws(node: fx.Node) -> bool:
     return any("nondeterministic_seeded" in str(t) for t in getattr(node.target, "tags", ()))
 
 
-def move_call(p: Placement, q: Placement, grad: Placement | None) -> tuple[Any, tuple[Any, ...]]:
-    """The emitted function that moves p → q forward and grad → wanted(p) backward, and its arguments but the group."""
+def move_call(p: Placement, q: Placement, grad: Placement | None) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+    """The emitted function that moves p → q forward and grad → wanted(p) backward; its dims, and pieces by keyword."""
     parts = grad == P
     if p == q == R and parts:
-        return collectives.copy_in, ()
+        return collectives.copy_in, (), {}
     if p == P and q == R:
-        return (collectives.all_reduce_both if parts else collectives.all_reduce), ()
+        return (collectives.all_reduce_both if parts else collectives.all_reduce), (), {}
     if p.sharded and q == R:
-        return (collectives.all_gather_sum if parts else collectives.all_gather), dims(p)
+        return (collectives.all_gather_sum if parts else collectives.all_gather), (p.dim,), pieces(p)
     if p == P and q.sharded:
-        return collectives.reduce_scatter, dims(q)
+        return collectives.reduce_scatter, (q.dim,), pieces(q)
     if p == R and q.sharded:
-        return collectives.scatter, dims(q)
+        return collectives.scatter, (q.dim,), pieces(q)
     if p.sharded and q.sharded:
-        return collectives.all_to_all, (p.dim, q.dim, *([q.pieces or None, p.pieces or None] if q.pieces or p.pieces else []))
+        before = {"pieces_before": p.pieces} if p.pieces else {}
+        return collectives.all_to_all, (p.dim, q.dim), {**pieces(q), **before}
     raise AssertionError(f"no move {p} → {q} with gradient {grad}")
 
 
-def dims(place: Placement) -> tuple[Any, ...]:
-    return (place.dim, place.pieces) if place.pieces else (place.dim,)
+def pieces(place: Placement) -> dict[str, Any]:
+    return {"pieces": place.pieces} if place.pieces else {}
 
 
 def special_call(node: fx.Node, strategy: Strategy, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
