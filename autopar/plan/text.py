@@ -36,7 +36,7 @@ def _decision(plan: Plan) -> list[str]:
     virtual = f", {plan.virtual_stages} virtual stages a rank" if plan.virtual_stages > 1 else ""
     return [
         f"mesh           {degrees} = {mesh.devices} devices; ZeRO {plan.zero}{sequence}",
-        f"schedule       {plan.schedule}{virtual}; {plan.microbatches} micro-batches of {plan.microbatch} a replica",
+        f"schedule       {plan.schedule}{virtual}; {plan.microbatches} × {plan.microbatch} sequences a replica",
     ]
 
 
