@@ -80,7 +80,7 @@ def _declared(spec: DecoderSpec, length: int) -> dict[str, Any]:
 
 def _inspected(module: nn.Module, origin: ModelOrigin) -> dict[str, Any]:
     """What a Hugging Face config and the module itself tell."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = {key: _first(text, names) for key, names in _CONFIG.items()}
     heads, hidden = values["heads"], values["hidden"]
@@ -159,7 +159,7 @@ def _flops(module: nn.Module, described: dict[str, Any], length: int) -> float |
 
 def _active_share(module: nn.Module) -> float:
     """The share of a mixture's experts that one token uses."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     experts = _first(config, ("num_local_experts", "num_experts", "n_routed_experts"))
     chosen = _first(config, ("num_experts_per_tok",))
     return chosen / experts if experts and chosen else 1.0
