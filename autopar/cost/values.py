@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
+from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
@@ -34,9 +36,16 @@ def value(node: fx.Node) -> Value:
     return node, 0
 
 
+_READS: WeakKeyDictionary[fx.Node, tuple[Any, Any, list[Value]]] = WeakKeyDictionary()
+
+
 def reads(node: fx.Node) -> list[Value]:
     """The values of a node's tensor operands, in the order of `operands`."""
-    return [value(n) for n in operands(node)]
+    known = _READS.get(node)
+    if known is None or known[0] is not node.args or known[1] is not node.kwargs:
+        known = (node.args, node.kwargs, [value(n) for n in operands(node)])
+        _READS[node] = known
+    return known[2]
 
 
 def tensors(node: fx.Node) -> tuple[torch.Tensor, ...]:

@@ -83,9 +83,11 @@ def choices(program: Program, degree: int, sequence: bool | None = None) -> Choi
 def add_items(found: Choices, name: str, graph: fx.Graph, degree: int, weight: int, sequence: bool | None) -> None:
     """Operators with their strategies (placeholders follow, when their readers are known)."""
     patterns = patterns_of(graph)
+    whole = free(graph) if name == OUTER else set()
     for node in graph.nodes:
         if node.op == "call_function" and value(node)[0] is node and tensors(node):
-            options = [s for s in strategies(node, degree, patterns) if allowed(node, s, sequence)]
+            options = strategies(node, degree, patterns)
+            options = options[:1] if node in whole else [s for s in options if allowed(node, s, sequence)]
             found.items[name, node.name] = Item((name, node.name), node, options, weight)
             if is_unsplit(node) and reads(node) and not is_view(node):
                 found.unsplit.append(f"{name}.{node.name} ({node.target})")
@@ -94,6 +96,17 @@ def add_items(found: Choices, name: str, graph: fx.Graph, degree: int, weight: i
     if name == OUTER:
         out = graph.output_node()
         found.items[name, out.name] = Item((name, out.name), out, [Strategy((R,) * len(reads(out)), ())], 1)
+
+
+def free(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on batch inputs, buffers and constants alone (masks, tables): every device makes them whole, and a
+    shard is cut from them where it is wanted."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        held = node.op == "placeholder" and node.meta["kind"] != "parameter"
+        if held or node.op == "call_function" and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def patterns_of(graph: fx.Graph):  # noqa: ANN201 - what the rules say

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost.memory import States
 from autopar.cost.regions import RECOMPUTE
 from autopar.cost.timeline import Timeline, simulate, stage_counts
 from autopar.plan.plan import Bytes
-from autopar.solve.pipeline import Candidate, once_a_step
+from autopar.solve.pipeline import Array, Candidate, once_a_step
 from autopar.solve.stages import Cutter, Span
 
 
@@ -24,9 +23,6 @@ class Part:
     backward: float
     talk: float
     saved: float
-    working: float
-    buffers: float
-    states: States[float]
 
 
 @dataclass(frozen=True)
@@ -49,108 +45,142 @@ class Outcome:
 
 def settle(cutter: Cutter, spans: list[tuple[int, int]]) -> Outcome | None:
     """The outcome of stages cut at ``spans``; None if a device cannot hold its stages."""
-    modes = recompute(cutter, spans)
-    if modes is None:
-        return None
+    modes: list[tuple[int, ...]] = [()] * len(spans)
+    for device in devices(cutter, spans):
+        chosen = device.least()
+        if chosen is None:
+            return None
+        for s in device.stages:
+            modes[s] = tuple(int(m) for m in chosen[device.stage_of == s])
     return outcome(cutter, spans, modes)
 
 
-# ------------------------------------------------------------------ recompute
-
-
-def devices_of(cutter: Cutter, count: int) -> list[list[int]]:
-    """The stages of every device along pp."""
+def devices(cutter: Cutter, spans: list[tuple[int, int]]) -> list[Device]:
     pp = cutter.candidate.mesh.pp
-    return [list(range(d, count, pp)) for d in range(pp)]
+    return [Device(cutter, spans, list(range(d, len(spans), pp))) for d in range(pp)]
 
 
-def recompute(cutter: Cutter, spans: list[tuple[int, int]]) -> list[tuple[int, ...]] | None:
-    """For every stage the mode (0 none, 1 selective, 2 full) of each block: the least time that fits its device."""
-    found: list[tuple[int, ...]] = [()] * len(spans)
-    pinned = cutter.setting.recompute
-    for stages in devices_of(cutter, len(spans)):
-        blocks = [(s, k) for s in stages for k in range(*spans[s])]
+# ------------------------------------------------------------------ one device
+
+
+class Device:
+    """The stages of one device along pp, and what recompute of their blocks spares.
+
+    A choice of recompute is an array with the mode (0 none, 1 selective, 2 full) of each of the device's blocks.
+    """
+
+    def __init__(self, cutter: Cutter, spans: list[tuple[int, int]], stages: list[int]) -> None:
+        b, c = cutter.blocks, cutter.candidate
+        self.cutter, self.stages = cutter, stages
+        self.cells = [at(cutter.span(s), *spans[s]) for s in stages]
+        self.states = [cutter.states(cell) for cell in self.cells]
+        self.buffers = [cutter.buffer(s, *spans[s]) for s in stages]
+        self.stage_of = np.array([s for s in stages for _ in range(*spans[s])], int)
+        self.index = np.array([k for s in stages for k in range(*spans[s])], int)
+        self.saved = b.saved[:, self.index]
+        self.working = b.working[:, self.index]
+        self.seconds = (b.again + b.again_talk)[:, self.index]
+        self.talk = b.again_talk[:, self.index]
+        if c.virtual == 1:
+            self.moments = np.array([[cutter.flight[s] for s in stages]], float)
+        else:
+            counts = stage_counts(c.schedule, c.mesh.pp, c.virtual, c.microbatches, stages[0])
+            self.moments = np.array([[n[s] for s in stages] for n in counts], float)
+        self.member = np.array([self.stage_of == s for s in stages], float).reshape(len(stages), -1)
+        self.beside = np.array([float(cell.fixed) for cell in self.cells])
+        self.base = sum(s.parameters + s.gradients + s.optimizer for s in self.states) + sum(self.buffers)
+        self.gathered = max(s.transient for s in self.states)
+        self.outside = max(float(cell.working_ends) for cell in self.cells)
+
+    def saves(self, modes: Array) -> Array:
+        """Bytes that each stage saves for one micro-batch."""
+        return self.member @ self.saved[modes, np.arange(len(modes))] + self.beside
+
+    def works(self, modes: Array) -> float:
+        """Bytes at the peak of what runs, beside what is saved."""
+        return max(self.outside, float(self.working[modes, np.arange(len(modes))].max(initial=0.0)))
+
+    def total(self, modes: Array) -> float:
+        """Bytes at the worst moment of the schedule."""
+        return self.base + self.gathered + self.works(modes) + float((self.moments @ self.saves(modes)).max())
+
+    def lacks(self, modes: Array) -> bool:
+        return self.total(modes) > self.cutter.setting.limit
+
+    def least(self) -> Array | None:
+        """The modes that fit with the least time of recomputing: none; few blocks selectively, or fully; or all selectively
+        and few fully. None if nothing fits; the pinned mode where there is one."""
+        pinned = self.cutter.setting.recompute
+        none = np.zeros(len(self.index), int)
         if pinned is not None:
-            chosen = np.full(len(blocks), RECOMPUTE.index(pinned))
-            if shortage(cutter, spans, stages, blocks, chosen) > 0:
-                return None
-        else:
-            chosen = least(cutter, spans, stages, blocks)
-            if chosen is None:
-                return None
-        for s in stages:
-            found[s] = tuple(int(m) for (t, _), m in zip(blocks, chosen, strict=True) if t == s)
-    return found
+            none += RECOMPUTE.index(pinned)
+            return None if self.lacks(none) else none
+        if not self.lacks(none):
+            return none
+        found = []
+        for start, to in ((0, 1), (0, 2), (1, 2)):
+            modes = self.grown(start, to)
+            if modes is not None:
+                found.append((float(self.seconds[modes, np.arange(len(modes))].sum()), len(found), modes))
+        return min(found, key=lambda t: t[:2])[2] if found else None
 
+    def grown(self, start: int, to: int) -> Array | None:
+        """As few blocks as possible from mode ``start`` to ``to``, the cheapest a byte first; None if all do not suffice."""
+        weight = (self.moments.max(0) @ self.member) if len(self.index) else np.zeros(0)
+        spared = (self.saved[start] - self.saved[to]) * weight
+        took = self.seconds[to] - self.seconds[start]
+        rate = np.where(spared > 0, took / np.maximum(spared, 1e-30), np.inf)
+        order = np.argsort(rate, kind="stable")
+        low, high = 0, int(np.isfinite(rate).sum())
 
-def least(cutter: Cutter, spans: list, stages: list[int], blocks: list[tuple[int, int]]) -> np.ndarray | None:
-    """Modes of the blocks of one device: nothing, or few blocks selectively, fully, or all selectively and few fully."""
-    none = np.zeros(len(blocks), int)
-    if shortage(cutter, spans, stages, blocks, none) <= 0:
-        return none
-    b = cutter.blocks
-    flight = np.array([cutter.flight[s] for s, _ in blocks], float)
-    at = [k for _, k in blocks]
-    saved, took = b.saved[:, at] * flight, (b.again + b.again_talk)[:, at]
-    tries = []
-    for start, to in ((0, 1), (0, 2), (1, 2)):
-        modes = grown(cutter, spans, stages, blocks, start, to, saved[start] - saved[to], took[to] - took[start])
-        if modes is not None:
-            tries.append((float(sum(took[m, i] for i, m in enumerate(modes))), len(tries), modes))
-    return min(tries, key=lambda t: t[:2])[2] if tries else None
+        def modes(count: int) -> Array:
+            made = np.full(len(self.index), start)
+            made[order[:count]] = to
+            return made
 
+        if self.lacks(modes(high)):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.lacks(modes(middle)) else (low, middle)
+        return modes(low)
 
-def grown(
-    cutter: Cutter, spans: list, stages: list[int], blocks: list, start: int, to: int, spared: np.ndarray, took: np.ndarray
-) -> np.ndarray | None:  # fmt: skip
-    """As few blocks as possible from mode ``start`` to mode ``to``, the cheapest a byte first; None if all do not fit."""
-    rate = np.where(spared > 0, took / np.maximum(spared, 1e-30), np.inf)
-    order = np.argsort(rate, kind="stable")
-    low, high = 0, int(np.isfinite(rate).sum())
+    def parts(self, spans: list[tuple[int, int]], modes: list[tuple[int, ...]]) -> list[Part]:
+        """The numbers of each stage under its blocks' modes."""
+        chosen = np.array([m for s in self.stages for m in modes[s]], int)
+        every = np.arange(len(chosen))
+        again, talk, saved = self.seconds[chosen, every], self.talk[chosen, every], self.saves(chosen)
+        found = []
+        for k, s in enumerate(self.stages):
+            mine, cell = self.stage_of == s, self.cells[k]
+            found.append(
+                Part(
+                    blocks=spans[s],
+                    recompute=modes[s],
+                    forward=float(cell.forward),
+                    backward=float(cell.backward) + float(again[mine].sum()),
+                    talk=float(cell.talk) + float(talk[mine].sum()),
+                    saved=float(saved[k]),
+                )
+            )
+        return found
 
-    def modes(count: int) -> np.ndarray:
-        made = np.full(len(blocks), start)
-        made[order[:count]] = to
-        return made
+    def bytes(self, modes: list[tuple[int, ...]]) -> Bytes:
+        """The device's bytes at the peak, by kind."""
+        chosen = np.array([m for s in self.stages for m in modes[s]], int)
+        return Bytes(
+            parameters=round(sum(s.parameters for s in self.states)),
+            gradients=round(sum(s.gradients for s in self.states)),
+            optimizer=round(sum(s.optimizer for s in self.states)),
+            activations=round(float((self.moments @ self.saves(chosen)).max())),
+            transient=round(self.works(chosen) + sum(self.buffers) + self.gathered),
+        )
 
-    if shortage(cutter, spans, stages, blocks, modes(high)) > 0:
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if shortage(cutter, spans, stages, blocks, modes(middle)) > 0:
-            low = middle + 1
-        else:
-            high = middle
-    return modes(low)
-
-
-def shortage(cutter: Cutter, spans: list, stages: list[int], blocks: list, modes: np.ndarray) -> float:
-    """Bytes that a device lacks."""
-    parts = [part(cutter, s, spans[s], tuple(m for (t, _), m in zip(blocks, modes, strict=True) if t == s)) for s in stages]
-    return peak(cutter, stages, parts)[1] - cutter.setting.limit
-
-
-# ------------------------------------------------------------------ one stage, one device
-
-
-def part(cutter: Cutter, s: int, span: tuple[int, int], modes: tuple[int, ...]) -> Part:
-    """The numbers of one stage."""
-    i, j = span
-    b, cells = cutter.blocks, cutter.span(s)
-    index = np.array(modes, int), np.arange(i, j)
-    again, talk = float(b.again[index].sum()), float(b.again_talk[index].sum())
-    working = max([float(cells.working[0][i, j]), *b.working[index]])
-    return Part(
-        blocks=span,
-        recompute=modes,
-        forward=float(cells.forward[i, j]),
-        backward=float(cells.backward[i, j]) + again + talk,
-        talk=float(cells.talk[i, j]) + talk,
-        saved=float(b.saved[index].sum()) + float(cells.fixed[i, j]),
-        working=working,
-        buffers=float(cutter.buffers(s)[i, j]),
-        states=cutter.states(at(cells, i, j)),
-    )
+    def once(self) -> tuple[float, float]:
+        """Seconds once a step: what shows of communication, and the optimizer."""
+        c = self.cutter
+        ends = [once_a_step(c.candidate, c.setting, c.sharding, cell) for cell in self.cells]
+        return sum(float(e) for e, _ in ends), sum(float(o) for _, o in ends)
 
 
 def at(span: Span, i: int, j: int) -> Span:
@@ -158,53 +188,30 @@ def at(span: Span, i: int, j: int) -> Span:
     return Span(**{k: [x[i, j] for x in v] if isinstance(v, list) else v[i, j] for k, v in vars(span).items()})
 
 
-def peak(cutter: Cutter, stages: list[int], parts: list[Part]) -> tuple[Bytes, float]:
-    """Bytes of one device at its peak, by kind: of micro-batches in flight the worst moment of the schedule."""
-    c = cutter.candidate
-    if c.virtual == 1:
-        activations = sum(cutter.flight[s] * p.saved for s, p in zip(stages, parts, strict=True))
-    else:
-        saved = dict(zip(stages, (p.saved for p in parts), strict=True))
-        moments = stage_counts(c.schedule, c.mesh.pp, c.virtual, c.microbatches, stages[0])
-        activations = max(sum(n * saved[s] for s, n in counts.items()) for counts in moments)
-    transient = max(p.working for p in parts) + sum(p.buffers for p in parts) + max(p.states.transient for p in parts)
-    made = Bytes(
-        parameters=round(sum(p.states.parameters for p in parts)),
-        gradients=round(sum(p.states.gradients for p in parts)),
-        optimizer=round(sum(p.states.optimizer for p in parts)),
-        activations=round(activations),
-        transient=round(transient),
-    )
-    return made, float(made.total)
-
-
 def outcome(cutter: Cutter, spans: list[tuple[int, int]], modes: list[tuple[int, ...]]) -> Outcome:
     """Run the schedule and add up."""
-    c = cutter.candidate
-    parts = [part(cutter, s, span, m) for s, (span, m) in enumerate(zip(spans, modes, strict=True))]
-    groups = devices_of(cutter, len(parts))
-    sends = [cutter.sends[span[1] - 1] for span in spans[:-1]]
-    line = timeline(cutter, parts, sends)
-    ends = [[once_a_step(c, cutter.setting, cutter.sharding, at(cutter.span(s), *spans[s])) for s in g] for g in groups]
-    shown = [sum(float(e) for e, _ in group) for group in ends]
-    updating = [sum(float(o) for _, o in group) for group in ends]
-    step = max(line.ends[d] + shown[d] + updating[d] for d in range(len(groups)))
-    talks = [c.microbatches * sum(parts[s].talk for s in g) for g in groups]
-    busy = [c.microbatches * sum(parts[s].forward + parts[s].backward for s in g) for g in groups]
-    slowest = max(range(len(groups)), key=lambda d: (busy[d] + shown[d] + updating[d], -d))
-    held = [peak(cutter, g, [parts[s] for s in g]) for g in groups]
-    fullest = max(range(len(groups)), key=lambda d: (held[d][1], -d))
-    waiting = step - busy[slowest] - shown[slowest] - updating[slowest]
+    c, owners = cutter.candidate, devices(cutter, spans)
+    made = {s: part for d in owners for s, part in zip(d.stages, d.parts(spans, modes), strict=True)}
+    parts = [made[s] for s in range(len(spans))]
+    line = timeline(cutter, parts, [cutter.sends[span[1] - 1] for span in spans[:-1]])
+    once = [d.once() for d in owners]
+    talks = [c.microbatches * sum(parts[s].talk for s in d.stages) for d in owners]
+    busy = [c.microbatches * sum(parts[s].forward + parts[s].backward for s in d.stages) for d in owners]
+    step = max(end + shown + updating for end, (shown, updating) in zip(line.ends, once, strict=True))
+    slowest = max(range(len(owners)), key=lambda d: (busy[d] + sum(once[d]), -d))
+    held = [d.bytes(modes) for d in owners]
+    fullest = max(range(len(owners)), key=lambda d: (held[d].total, -d))
+    waiting = step - busy[slowest] - sum(once[slowest])
     return Outcome(
         candidate=c,
         parts=tuple(parts),
         seconds=step,
         compute=busy[slowest] - talks[slowest],
-        exposed=talks[slowest] + shown[slowest],
-        bubble=max(0.0, waiting) if len(groups) > 1 else 0.0,
-        optimizer=updating[slowest],
-        bytes=held[fullest][0],
-        peaks=tuple(held[s % len(groups)][1] for s in range(len(parts))),
+        exposed=talks[slowest] + once[slowest][0],
+        bubble=max(0.0, waiting) if len(owners) > 1 else 0.0,
+        optimizer=once[slowest][1],
+        bytes=held[fullest],
+        peaks=tuple(float(held[s % len(owners)].total) for s in range(len(parts))),
         slowest=slowest,
         fullest=fullest,
         timeline=line,

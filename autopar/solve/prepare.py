@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from autopar.cluster import Cluster
 from autopar.cost.memory import states
 from autopar.cost.precision import Precision
@@ -13,10 +15,11 @@ from autopar.cost.regions import Prices, Region
 from autopar.ir.program import Program
 from autopar.plan.plan import MeshShape, Plan
 from autopar.solve.assignment import Assignment, from_choices, replicated
-from autopar.solve.blocks import Held, Profile, profile
+from autopar.solve.blocks import BEFORE, Held, Profile, profile
 from autopar.solve.formulation import assign
 from autopar.solve.pipeline import Candidate, Setting
-from autopar.solve.stages import sharding_of
+from autopar.solve.space import divisors
+from autopar.solve.stages import sharding_of, walk
 from autopar.spec.job import Job
 
 SPLIT, WHOLE, GIVEN = "split", "whole", "given"
@@ -46,6 +49,8 @@ class Source:
         self.assignments: dict[tuple[int, str], Assignment] = {}
         self.profiles: dict[tuple[int, str, int], Profile] = {}
         self.sums: dict[tuple[int, str, int], Totals] = {}
+        self.most: dict[tuple[int, str], int] = {}
+        self.cuts: dict[tuple[int, str, int, int], list[tuple[int, int]]] = {}
         self.least_batch = job.pins.microbatch or 1
         self.calls = len(self.static(self.least_batch).calls())
 
@@ -118,28 +123,62 @@ class Source:
         From x ≥ Σ (times before stage s) + m · (time of stage s) for every s follows x ≥ total / (1 - (1 - 1/m)^p). The
         time of a sequence falls with the micro-batch, so the largest one's serves all.
         """
-        most = self.largest(c.mesh.tp, c.variant, c.mesh.dp)
-        made = self.totals(c.mesh.tp, c.variant, c.microbatch if c.microbatch in (self.least_batch, most) else most)
-        scale = c.microbatch / (c.microbatch if c.microbatch in (self.least_batch, most) else most)
+        most = max(self.largest(c.mesh.tp, c.variant), c.microbatch)
+        base = c.microbatch if (c.mesh.tp, c.variant, c.microbatch) in self.sums else most
+        made, scale = self.totals(c.mesh.tp, c.variant, base), c.microbatch / base
         total, block, m, p = made.seconds * scale, made.block * scale, c.microbatches, c.mesh.pp
         even = total / (1 - (1 - 1 / m) ** p) if c.virtual == 1 else m * total / p
         if self.setting.recompute is None and self.calls:
             return max(even, m * block * (-(-self.calls // p)))
         return even
 
-    def largest(self, tp: int, variant: str, dp: int) -> int:
-        """The largest micro-batch that could fit with everything recomputed over all devices of a replica."""
+    def largest(self, tp: int, variant: str) -> int:
+        """The largest micro-batch that any mesh could hold with everything recomputed."""
         assert self.job.batch is not None
-        made = self.totals(tp, variant, self.least_batch)
-        pp = max(1, self.cluster.devices // (tp * dp))
-        each = self.job.batch.sequences // dp
         if self.pins.microbatch:
             return self.pins.microbatch
-        best = 1
-        for b in range(1, each + 1):
-            if each % b == 0 and made.saved * b / pp <= self.setting.limit:
-                best = b
-        return best
+        if (tp, variant) not in self.most:
+            saved = self.totals(tp, variant, self.least_batch).saved
+            pp = max(1, min(self.cluster.devices // tp, self.calls))
+            fits = [b for b in divisors(self.job.batch.sequences) if saved * b / pp <= self.setting.limit]
+            self.most[tp, variant] = max(fits, default=1)
+        return self.most[tp, variant]
+
+    def even(self, c: Candidate) -> list[tuple[int, int]]:
+        """Stages of several to a device: cut so that the longest is as short as can be."""
+        key = (c.mesh.tp, c.variant, c.microbatch, c.stages)
+        if key not in self.cuts:
+            made = self.profile(c)
+            times = [taken(made.regions[k]) + taken(made.outer.get(i, Region())) for i, k in enumerate(made.kinds)]
+            first, last = taken(made.outer.get(BEFORE, Region())), taken(made.outer.get(self.calls, Region()))
+            self.cuts[key] = balanced(times, c.stages, first, last)
+        return self.cuts[key]
+
+    def closer(self, c: Candidate) -> float:
+        """A better lower bound than `least`, from the candidate's own profile and, under interleaving, its own cuts."""
+        made = self.totals(c.mesh.tp, c.variant, c.microbatch)
+        if c.virtual == 1:
+            return max(self.least(c), made.seconds / (1 - (1 - 1 / c.microbatches) ** c.mesh.pp))
+        spans, profile = self.even(c), self.profile(c)
+        times = [sum(taken(profile.regions[k]) for k in profile.kinds[i:j]) for i, j in spans]
+        times[0] += taken(profile.outer.get(BEFORE, Region()))
+        times[-1] += taken(profile.outer.get(self.calls, Region()))
+        pp = c.mesh.pp
+        return max(sum(times[:d]) + c.microbatches * sum(times[d::pp]) for d in range(pp))
+
+
+def balanced(times: list[float], stages: int, first: float, last: float) -> list[tuple[int, int]]:
+    """Contiguous runs of blocks, one at least each, with the least maximum; ``first`` and ``last`` are of the end stages."""
+    n = len(times)
+    sums = np.concatenate([[0.0], np.cumsum(times)])
+    inner = np.where(np.triu(np.ones((n + 1, n + 1), bool), 1), sums[None, :] - sums[:, None], np.inf)
+    best = inner[0] + first
+    links = [np.zeros(n + 1, int)]
+    for s in range(1, stages):
+        value = np.maximum(best[:, None], inner + (last if s == stages - 1 else 0.0))
+        links.append(np.argmin(value, axis=0))
+        best = np.min(value, axis=0)
+    return walk(links, n)
 
 
 def totals(made: Profile) -> Totals:

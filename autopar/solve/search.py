@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,23 +36,31 @@ class Search:
     stopped: bool = False
 
     def run(self, found: list[tuple[float, Candidate]], until: float) -> None:
-        """Candidates in the order of their lower bounds; once a bound is above the best plan, all further ones are."""
-        for low, candidate in found:
+        """Candidates in the order of their lower bounds, each bound sharpened when it is the least; once the least is above
+        the best plan, all further ones are."""
+        heap = [(low, i, False) for i, (low, _) in enumerate(found)]
+        heapq.heapify(heap)
+        while heap:
+            low, i, sharp = heapq.heappop(heap)
             if self.best is not None and low >= self.best.seconds * (1 - CLOSE):
                 break
             if time.perf_counter() > until and self.best is not None:
                 self.stopped = True
-                self.bound = min(self.bound, low)
+                self.bound = low
                 break
-            self.seen += 1
-            self.look(candidate)
+            candidate = found[i][1]
+            if not sharp:
+                heapq.heappush(heap, (max(low, self.source.closer(candidate)), i, True))
+            else:
+                self.seen += 1
+                self.look(candidate)
         if self.best is not None:
             self.bound = min(self.bound, self.best.seconds)
 
     def look(self, candidate: Candidate) -> None:
         """Cut, and if that promises to be better than the best so far, run the schedule."""
         cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
-        value, spans = cutter.cut()
+        value, spans = cutter.cut() if candidate.virtual == 1 else (0.0, self.source.even(candidate))
         limit = float("inf") if self.best is None else self.best.seconds
         if not spans or value >= limit * (1 - CLOSE):
             return

@@ -10,7 +10,7 @@ from autopar.cluster import Cluster
 from autopar.cost.regions import RECOMPUTE
 from autopar.errors import PlanError
 from autopar.plan.plan import Bytes
-from autopar.solve.outcome import part, peak
+from autopar.solve.outcome import devices
 from autopar.solve.pipeline import Candidate, Setting, blocks
 from autopar.solve.prepare import Source
 from autopar.solve.space import candidates, meshes
@@ -54,10 +54,10 @@ def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
         return None
     spans = walk(links, n)
     found = []
-    for s, span in enumerate(spans):
-        options = [peak(cutter, [s], [part(cutter, s, span, (k,) * (span[1] - span[0]))]) for k in modes]
-        which = min(range(len(options)), key=lambda i: options[i][1])
-        found.append((options[which][1], s, options[which][0], RECOMPUTE[modes[which]]))
+    for s, device in enumerate(devices(cutter, spans)):
+        options = [device.bytes([(k,) * (j - i) for i, j in spans]) for k in modes]
+        which = min(range(len(options)), key=lambda i: options[i].total)
+        found.append((float(options[which].total), s, options[which], RECOMPUTE[modes[which]]))
     total, stage, made, mode = max(found, key=lambda f: (f[0], -f[1]))
     return Need(total, candidate, stage, made, mode)
 

@@ -40,6 +40,7 @@ class Span:
     saved: list[Array]
     fixed: Array
     working: list[Array]
+    working_ends: Array
     trained: Array
     frozen: Array
     partial: Array
@@ -65,6 +66,7 @@ class Cutter:
         self.sends = [collective.send(float(b), pp) for b in blocks.cuts]
         self.flight = flights(candidate)
         self.sums = {k: np.concatenate([[0.0], np.cumsum(v)]) for k, v in self.rows().items()}
+        self.received = np.concatenate([[0.0], blocks.cuts, [0.0]])
         self.cells: dict[str, Array] = {}
         self.spans: dict[tuple[bool, bool], Span] = {}
         self.fixed_terms: dict[tuple[bool, bool], Array] = {}
@@ -133,6 +135,7 @@ class Cutter:
         forward = self.over("forward") + sum(e.forward + e.forward_talk for e in ends)
         backward = self.over("backward") + sum(e.backward_input + e.backward_weight + e.backward_talk for e in ends)
         talk = self.over("talk") + sum(e.forward_talk + e.backward_talk for e in ends)
+        outside = max(e.working[0] for e in ends)
         shown_f, shown_b = self.shown(root, root_trained, per, largest)
         return Span(
             forward=forward + shown_f,
@@ -142,7 +145,8 @@ class Cutter:
             again_talk=[self.over(f"again_talk{k}") for k in range(3)],
             saved=[self.over(f"saved{k}") for k in range(3)],
             fixed=np.full(forward.shape, sum(e.saved[0] for e in ends) + b.shared_bytes),
-            working=[np.maximum(self.most(f"working{k}", b.working[k]), max(e.working[0] for e in ends)) for k in range(3)],
+            working=[np.maximum(self.most(f"working{k}", b.working[k]), outside) for k in range(3)],
+            working_ends=np.full(forward.shape, outside),
             trained=self.over("trained") + trained,
             frozen=self.over("frozen") + frozen,
             partial=self.over("partial") + partial,
@@ -169,9 +173,14 @@ class Cutter:
         the first block saves and counted there)."""
         m, stages = self.candidate.microbatches, self.candidate.stages
         if stages == 1:
-            return np.zeros((self.n + 1, self.n + 1))
-        received = np.concatenate([[0.0], self.blocks.cuts, [0.0]])
-        return (m - self.flight[s]) * received[:, None] * (s > 0) + m * received[None, :] * (s < stages - 1)
+            return np.zeros((1, 1))
+        return (m - self.flight[s]) * self.received[:, None] * (s > 0) + m * self.received[None, :] * (s < stages - 1)
+
+    def buffer(self, s: int, i: int, j: int) -> float:
+        """The same of one stage."""
+        m, stages = self.candidate.microbatches, self.candidate.stages
+        got = (m - self.flight[s]) * self.received[i] * (s > 0) + m * self.received[j] * (s < stages - 1)
+        return float(got) if stages > 1 else 0.0
 
     def states(self, span: Span) -> States:
         return states(self.sharding, span.trained, span.frozen, span.unit, span.largest)
@@ -202,8 +211,8 @@ class Cutter:
     @staticmethod
     def part(need: Array, spared: Array, seconds: Array, count: Array) -> Array:
         """Seconds of recomputing as few blocks as spare ``need`` bytes; infinite if all do not suffice."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            blocks = np.where(spared > 0, np.ceil(np.maximum(need, 0) * count / spared - 1e-9), np.inf)
+        safe = np.where(spared > 0, spared, 1.0)
+        blocks = np.where(spared > 0, np.ceil(np.maximum(need, 0) * count / safe - 1e-9), count + 1)
         return np.where(need <= 0, 0.0, np.where(blocks <= count, blocks * seconds / count, np.inf))
 
     # ---------------------------------------------------------------- the cuts
