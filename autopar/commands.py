@@ -213,6 +213,8 @@ def _document(name: str, sets: list[str]) -> PlanDocument:
     found = _plan_file(name)
     if found is None:
         return _planned(read_job(name, sets), {})
+    if sets:
+        raise SpecError(f"--set {sets[0]}: changes a job, but {name} is a plan that is made already")
     from autopar.plan.file import read_plan
 
     return read_plan(found)

@@ -97,6 +97,7 @@ def planned(monkeypatch):
         (["explain", "FOLDER/text.json"], "not a plan: not JSON"),
         (["explain", "FOLDER/old.json"], "a plan of version 0"),
         (["explain", "FOLDER/short.json"], "the key 'model' is missing"),
+        (["explain", "FOLDER/empty.json", "--set", "pins.tp=2"], "is a plan that is made already"),
         (["view", "JOB", "-o", "/no/such/page.html"], "there is no folder"),
         (["verify", "JOB", "--ranks", "0"], "must be a whole number from 1"),
         (["verify", "JOB", "--set", "pins.tp=3"], "tp 3 = 3 does not divide the cluster's 8 devices"),
