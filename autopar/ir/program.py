@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.ir.initial import Initial
+
 OUTER = "program"
 
 
@@ -51,7 +53,8 @@ class Program:
     inputs: dict[str, Any]
     sizes: dict[str, int]
     history: list[str] = field(default_factory=list)
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)  # module path → its role in the model's family
+    initial: dict[str, Initial] = field(default_factory=dict)  # parameters that passes added → their first values
     respecialize: Callable[[Program, dict[str, int]], Program] | None = None
 
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
@@ -63,8 +66,8 @@ class Program:
         return [n for n in self.graph.nodes if n.op == "call_module"]
 
     def read(self) -> list[str]:
-        """The names of the tensors (parameters, buffers, constants) that the program reads."""
-        kinds = ("parameter", "buffer", "constant")
+        """The names of the parameters and buffers that the program reads."""
+        kinds = ("parameter", "buffer")
         return [n.meta["name"] for n in self.graph.nodes if n.op == "placeholder" and n.meta["kind"] in kinds]
 
     def clone(self) -> Program:
@@ -79,6 +82,7 @@ class Program:
             inputs=dict(self.inputs),
             history=list(self.history),
             roles=dict(self.roles),
+            initial=dict(self.initial),
         )
 
     def at(self, *, batch: int | None = None, length: int | None = None) -> Program:

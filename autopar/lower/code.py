@@ -12,10 +12,11 @@ import torch
 from torch import fx
 
 from autopar.ir.ops import operands
+from autopar.lower import collectives
 from autopar.lower.spelling import spelled
 
 WIDTH = 110
-RESERVED = {*keyword.kwlist, "self", "torch", "nn", "F", "aten", "checkpoint", "tp", "device"}
+RESERVED = {*keyword.kwlist, *(n for n in vars(collectives) if not n.startswith("_")), "self", "torch", "nn", "F", "aten", "checkpoint", "tp", "device"}
 
 
 @dataclass
@@ -47,6 +48,8 @@ def wish(node: fx.Node) -> str:
         return path.rsplit(".", 1)[-1]
     if path and "move" not in node.meta and node.users and all(leaves(u, path) for u in node.users):
         return path.rsplit(".", 1)[-1]
+    if hasattr(node.target, "function"):
+        return node.name.lower()
     if "move" in node.meta:
         source = operands(node)[0]
         return f"{source.name}_{'whole' if str(node.meta['places'][0]) == 'R' else 'part'}"

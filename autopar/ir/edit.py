@@ -1,0 +1,153 @@
+"""What passes do to programs: find layers by role or name, add parameters, freeze, treat some instances of a block apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from autopar.errors import PassError, suggestion
+from autopar.ir.initial import Initial
+from autopar.ir.ops import Embedding, Linear, view
+from autopar.ir.program import OUTER, Parameter, Program, copy_graph
+
+KINDS = {Linear: "linear layer", Embedding: "embedding"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or embedding of a graph. ``path`` is relative to the block; ``paths`` the instances' full ones."""
+
+    graph: str
+    path: str
+    paths: tuple[str, ...]
+    view: Linear | Embedding
+
+
+def layers(program: Program, kinds: tuple[type, ...] = (Linear, Embedding)) -> list[Layer]:
+    """Every layer that reads a parameter called ``<path>.weight``, in program order."""
+    found = []
+    for name, graph in program.graphs():
+        prefixes = [""] if name == OUTER else [f"{c.meta['path']}." for c in program.calls() if c.target == name]
+        for node in graph.nodes:
+            seen = view(node) if node.op == "call_function" else None
+            if isinstance(seen, kinds) and (parameter := parameter_of(seen.weight)) is not None:
+                path = parameter.meta["name"].removesuffix(".weight")
+                found.append(Layer(name, path, tuple(f"{p}{path}" for p in prefixes), seen))  # type: ignore[arg-type]
+    return found
+
+
+def parameter_of(node: fx.Node) -> fx.Node | None:
+    """The parameter behind a weight, through transposes and casts."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    named = node.op == "placeholder" and node.meta["kind"] == "parameter" and node.meta["name"].endswith(".weight")
+    return node if named else None
+
+
+def matches(program: Program, path: str, target: str) -> bool:
+    """Whether a module is meant by a target: its role, or a glob of its whole path or of the path's end."""
+    return program.roles.get(path) == target or fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
+
+
+def select(program: Program, who: str, targets: Iterable[str], kinds: tuple[type, ...] = (Linear, Embedding)) -> list[Layer]:
+    """The layers that the targets mean; blocks of which only some instances are meant are treated apart first.
+
+    Raises `PassError` that names a target nobody answers to, and what there is.
+    """
+    everything = layers(program, kinds)
+    wanted = {p for layer in everything for p in layer.paths if any(matches(program, p, t) for t in targets)}
+    for target in targets:
+        if not any(matches(program, p, target) for layer in everything for p in layer.paths):
+            raise PassError(unknown(program, who, target, everything, kinds))
+    for name in list(program.blocks):
+        separate_unlike(program, name, everything, wanted)
+    return [layer for layer in layers(program, kinds) if set(layer.paths) <= wanted]
+
+
+def unknown(program: Program, who: str, target: str, everything: list[Layer], kinds: tuple[type, ...]) -> str:
+    paths = [p for layer in everything for p in layer.paths]
+    roles = list(dict.fromkeys(program.roles[p] for p in paths if p in program.roles))
+    names = list(dict.fromkeys(p.rsplit(".", 1)[-1] for p in paths))
+    here = f"roles here: {', '.join(roles)}; " if roles else ""
+    what = " or ".join(KINDS[k] for k in kinds)
+    return (
+        f"{who}: no {what} has the role or the name '{target}'{suggestion(target, [*roles, *names])} "
+        f"({here}names: {', '.join(names[:12])})"
+    )
+
+
+def separate_unlike(program: Program, name: str, everything: list[Layer], wanted: set[str]) -> None:
+    """Give instances of a block that are meant in another way a graph of their own."""
+    calls = [c for c in program.calls() if c.target == name]
+    groups: dict[frozenset[str], list[fx.Node]] = {}
+    for i, call in enumerate(calls):
+        meant = frozenset(layer.path for layer in everything if layer.graph == name and layer.paths[i] in wanted)
+        groups.setdefault(meant, []).append(call)
+    for group in list(groups.values())[1:]:
+        separate(program, name, group)
+
+
+def separate(program: Program, name: str, calls: list[fx.Node]) -> str:
+    """A copy of a block's graph for some of its calls; returns its name."""
+    new = f"block_{len(program.blocks)}"
+    program.blocks[new] = copy_graph(program.blocks[name])
+    for call in calls:
+        call.target = new
+    return new
+
+
+# ------------------------------------------------------------------ parameters
+
+
+def add_parameter(
+    program: Program, graph: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: Initial
+) -> fx.Node:
+    """A new trainable parameter: ``name`` in the outer graph, ``<instance>.name`` of every instance of a block.
+
+    Returns its placeholder in ``graph``. Values are real where the program's own are, else made when weights are written.
+    """
+    if graph == OUTER:
+        return outer_parameter(program, name, shape, dtype, initial)
+    for call in program.calls():
+        if call.target == graph:
+            new = outer_parameter(program, f"{call.meta['path']}.{name}", shape, dtype, initial)
+            call.args = (*call.args, new)
+    return placeholder(program.blocks[graph], name, shape, dtype, program)
+
+
+def outer_parameter(
+    program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: Initial
+) -> fx.Node:
+    if name in program.parameters:
+        raise PassError(f"the model has a parameter {name!r} already")
+    program.parameters[name] = Parameter(name, shape, dtype)
+    program.initial[name] = initial
+    real = any(not t.is_meta for n, t in program.tensors.items() if n in program.parameters)
+    value = initial.make(name, shape, dtype) if real else torch.empty(shape, dtype=dtype, device="meta")
+    program.tensors[name] = torch.nn.Parameter(value)
+    return placeholder(program.graph, name, shape, dtype, program)
+
+
+def placeholder(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch.dtype, program: Program) -> fx.Node:
+    """A parameter placeholder after the others of a graph."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        new = graph.placeholder(name.replace(".", "_"))
+    mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    new.meta.update(kind="parameter", name=name, path="", requires_grad=True)
+    new.meta["val"] = mode.from_tensor(empty) if mode is not None else empty
+    return new
+
+
+def freeze(program: Program) -> None:
+    """Every parameter that no pass added takes no gradient any more."""
+    for name, parameter in program.parameters.items():
+        if name not in program.initial and parameter.trainable:
+            program.parameters[name] = Parameter(
+                name, parameter.shape, parameter.dtype, False, parameter.alias_of, parameter.role
+            )
