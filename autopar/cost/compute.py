@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopar.cluster import Device
-from autopar.cost.operators import Work, is_product, local_shapes, products, work
+from autopar.cluster.cluster import interpolate
+from autopar.cost.operators import PRODUCTS, Work, is_attention, is_product, local_shapes, products, work
 from autopar.cost.precision import Precision
-from autopar.cost.values import flows, parameter, reads
+from autopar.cost.values import flows, op_name, reads, tensors
 from autopar.sharding.placement import Placement, R
 
 MATMUL_CURVE = ((1e6, 0.02), (1e8, 0.15), (1e9, 0.50), (16e9, 0.72), (128e9, 0.80))
@@ -18,6 +19,11 @@ MATMUL_CURVE = ((1e6, 0.02), (1e8, 0.15), (1e9, 0.50), (16e9, 0.72), (128e9, 0.8
 (stas00/ml-engineering compute/accelerator: 87 and 80 % of the datasheet)."""
 MEMORY_CURVE = ((0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9))
 """Share of the memory bandwidth by bytes of a call: Calculon's a100_80g.json, ``mem1``."""
+
+
+ATTENTION = 0.6
+"""Share of a matrix product's rate that a fused attention kernel reaches: between 225 / 312 over 0.87 on A100 and 335 / 989
+over 0.80 on H100 (Dao 2023, FlashAttention-2, section 4.1, over the shares above)."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,6 @@ class Seconds:
 
 def share(device: Device, kind: str, size: float) -> float:
     """The device's own curve, or the default where its spec gives none."""
-    from autopar.cluster.cluster import interpolate
-
     if kind == "matmul" and not device.efficiency.matmul:
         return interpolate(MATMUL_CURVE, size)
     if kind == "memory" and not device.efficiency.memory:
@@ -64,7 +68,8 @@ def kernel(device: Device, kind: str, flops: float, bytes: float, dtype: str) ->
     """One kernel: the slower of its FLOPs and its bytes, and the time to start it."""
     if not flops and not bytes:
         return 0.0
-    computing = flops / (device.peak(dtype) * share(device, "matmul", flops)) if flops else 0.0
+    rate = device.peak(dtype) * share(device, "matmul", flops) * (ATTENTION if kind == "attention" else 1.0)
+    computing = flops / rate if flops else 0.0
     return max(computing, moving(device, bytes)) + device.kernel_latency
 
 
@@ -94,16 +99,9 @@ def model_flops(node: fx.Node) -> float:
     if node.op != "call_function" or not is_product(node):
         return 0.0
     given = reads(node)
-    from autopar.cost.values import tensors
-
     shapes, made = local_shapes(node, (R,) * len(given), (R,) * len(tensors(node)), 1)
     forward = products(node, shapes, made)
-    from autopar.cost.operators import PRODUCTS, is_attention, op_name
-
     if is_attention(node):
         return forward * (3 if any(flows(v) for v in given[:3]) else 1)
     factors = [given[i] for i in PRODUCTS[op_name(node)] if i < len(given)]
     return forward * (1 + sum(flows(v) for v in factors))
-
-
-__all__ = ["Seconds", "kernel", "model_flops", "moving", "node_seconds", "parameter", "seconds", "share"]

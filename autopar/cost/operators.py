@@ -34,7 +34,7 @@ INDEXING = frozenset("embedding index gather index_select take_along_dim nll_los
 
 @dataclass(frozen=True)
 class Work:
-    """Work of one call on one device. ``kind``: matmul, vector (memory-bound) or free. FLOPs and bytes of the forward,
+    """Work of one call on one device. ``kind``: matmul, attention, vector (memory-bound) or free. FLOPs and bytes of the forward,
     of the gradients of activations, and of the gradients of weights."""
 
     kind: str
@@ -122,7 +122,7 @@ def product_work(
     if is_attention(node):
         flops *= CAUSAL if is_causal(node) else 1.0
         back = ATTENTION_BACKWARD * flops if any(flows(v) for v in wanted[:3]) else 0.0
-        return Work("matmul", (flops, back, 0.0), (moved, 2 * moved if back else 0.0, 0.0), dtype)
+        return Work("attention", (flops, back, 0.0), (moved, 2 * moved if back else 0.0, 0.0), dtype)
     f, b = [0.0, 0.0], [0.0, 0.0]
     for position in PRODUCTS[op_name(node)]:
         if position < len(wanted) and flows(wanted[position]):

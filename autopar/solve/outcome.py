@@ -10,7 +10,7 @@ from autopar.cost.regions import RECOMPUTE
 from autopar.cost.timeline import Timeline, simulate, stage_counts
 from autopar.plan.plan import Bytes
 from autopar.solve.pipeline import Array, Candidate, once_a_step
-from autopar.solve.stages import Cutter, Span
+from autopar.solve.stages import Cutter
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,25 @@ class Outcome:
     timeline: Timeline
 
 
-def settle(cutter: Cutter, spans: list[tuple[int, int]]) -> Outcome | None:
-    """The outcome of stages cut at ``spans``; None if a device cannot hold its stages."""
+def settle(cutter: Cutter, spans: list[tuple[int, int]], best: float = float("inf")) -> Outcome | None:
+    """The outcome of stages cut at ``spans``; None if a device cannot hold its stages, or takes ``best`` seconds already."""
     modes: list[tuple[int, ...]] = [()] * len(spans)
-    for device in devices(cutter, spans):
+    owners: list[Device] = []
+    ahead, m = 0.0, cutter.candidate.microbatches
+    for d in range(cutter.candidate.mesh.pp):
+        device = Device(cutter, spans, list(range(d, len(spans), cutter.candidate.mesh.pp)))
         chosen = device.least()
         if chosen is None:
             return None
+        each = sum(float(c.forward) + float(c.backward) for c in device.cells)
+        again = float(device.seconds[chosen, np.arange(len(chosen))].sum())
+        if ahead + m * (each + again) + sum(device.once()) >= best:
+            return None
+        ahead += float(device.cells[0].forward) + float(device.cells[0].backward)
+        owners.append(device)
         for s in device.stages:
             modes[s] = tuple(int(m) for m in chosen[device.stage_of == s])
-    return outcome(cutter, spans, modes)
+    return outcome(cutter, spans, modes, owners)
 
 
 def devices(cutter: Cutter, spans: list[tuple[int, int]]) -> list[Device]:
@@ -72,7 +81,7 @@ class Device:
     def __init__(self, cutter: Cutter, spans: list[tuple[int, int]], stages: list[int]) -> None:
         b, c = cutter.blocks, cutter.candidate
         self.cutter, self.stages = cutter, stages
-        self.cells = [at(cutter.span(s), *spans[s]) for s in stages]
+        self.cells = [cutter.measured(s, spans[s]) for s in stages]
         self.states = [cutter.states(cell) for cell in self.cells]
         self.buffers = [cutter.buffer(s, *spans[s]) for s in stages]
         self.stage_of = np.array([s for s in stages for _ in range(*spans[s])], int)
@@ -90,7 +99,7 @@ class Device:
         self.beside = np.array([float(cell.fixed) for cell in self.cells])
         self.base = sum(s.parameters + s.gradients + s.optimizer for s in self.states) + sum(self.buffers)
         self.gathered = max(s.transient for s in self.states)
-        self.outside = max(float(cell.working_ends) for cell in self.cells)
+        self.outside = max(float(cell.outside) for cell in self.cells)
 
     def saves(self, modes: Array) -> Array:
         """Bytes that each stage saves for one micro-batch."""
@@ -183,14 +192,11 @@ class Device:
         return sum(float(e) for e, _ in ends), sum(float(o) for _, o in ends)
 
 
-def at(span: Span, i: int, j: int) -> Span:
-    """The numbers of one [i, j]."""
-    return Span(**{k: [x[i, j] for x in v] if isinstance(v, list) else v[i, j] for k, v in vars(span).items()})
-
-
-def outcome(cutter: Cutter, spans: list[tuple[int, int]], modes: list[tuple[int, ...]]) -> Outcome:
+def outcome(
+    cutter: Cutter, spans: list[tuple[int, int]], modes: list[tuple[int, ...]], owners: list[Device] | None = None
+) -> Outcome:
     """Run the schedule and add up."""
-    c, owners = cutter.candidate, devices(cutter, spans)
+    c, owners = cutter.candidate, owners or devices(cutter, spans)
     made = {s: part for d in owners for s, part in zip(d.stages, d.parts(spans, modes), strict=True)}
     parts = [made[s] for s in range(len(spans))]
     line = timeline(cutter, parts, [cutter.sends[span[1] - 1] for span in spans[:-1]])

@@ -50,7 +50,7 @@ class Source:
         self.profiles: dict[tuple[int, str, int], Profile] = {}
         self.sums: dict[tuple[int, str, int], Totals] = {}
         self.most: dict[tuple[int, str], int] = {}
-        self.cuts: dict[tuple[int, str, int, int], list[tuple[int, int]]] = {}
+        self.cuts: dict[tuple, tuple[float, list[tuple[int, int]]]] = {}
         self.least_batch = job.pins.microbatch or 1
         self.calls = len(self.static(self.least_batch).calls())
 
@@ -144,41 +144,53 @@ class Source:
             self.most[tp, variant] = max(fits, default=1)
         return self.most[tp, variant]
 
-    def even(self, c: Candidate) -> list[tuple[int, int]]:
-        """Stages of several to a device: cut so that the longest is as short as can be."""
-        key = (c.mesh.tp, c.variant, c.microbatch, c.stages)
+    def times(self, c: Candidate) -> tuple[list[float], float, float]:
+        """Seconds of every block, of what is before the first and after the last, forward and backward."""
+        made = self.profile(c)
+        blocks = [taken(made.regions[k]) + taken(made.outer.get(i, Region())) for i, k in enumerate(made.kinds)]
+        return blocks, taken(made.outer.get(BEFORE, Region())), taken(made.outer.get(self.calls, Region()))
+
+    def even(self, c: Candidate) -> tuple[float, list[tuple[int, int]]]:
+        """Equation (1) of `stages` by times alone, and the cuts: a lower bound whatever ZeRO and recompute add. Several
+        stages to a device are cut so that the longest is as short as can be, and (1) is taken device by device."""
+        key = (c.mesh.tp, c.variant, c.microbatch, c.mesh.pp, c.virtual, c.microbatches if c.virtual == 1 else 0)
         if key not in self.cuts:
-            made = self.profile(c)
-            times = [taken(made.regions[k]) + taken(made.outer.get(i, Region())) for i, k in enumerate(made.kinds)]
-            first, last = taken(made.outer.get(BEFORE, Region())), taken(made.outer.get(self.calls, Region()))
-            self.cuts[key] = balanced(times, c.stages, first, last)
-        return self.cuts[key]
+            blocks, first, last = self.times(c)
+            m = c.microbatches if c.virtual == 1 else 1
+            self.cuts[key] = balanced(blocks, c.stages, first, last, m, c.virtual == 1)
+        value, spans = self.cuts[key]
+        return (value, spans) if c.virtual == 1 else (self.devicewise(c, spans), spans)
 
-    def closer(self, c: Candidate) -> float:
-        """A better lower bound than `least`, from the candidate's own profile and, under interleaving, its own cuts."""
-        made = self.totals(c.mesh.tp, c.variant, c.microbatch)
-        if c.virtual == 1:
-            return max(self.least(c), made.seconds / (1 - (1 - 1 / c.microbatches) ** c.mesh.pp))
-        spans, profile = self.even(c), self.profile(c)
-        times = [sum(taken(profile.regions[k]) for k in profile.kinds[i:j]) for i, j in spans]
-        times[0] += taken(profile.outer.get(BEFORE, Region()))
-        times[-1] += taken(profile.outer.get(self.calls, Region()))
-        pp = c.mesh.pp
-        return max(sum(times[:d]) + c.microbatches * sum(times[d::pp]) for d in range(pp))
+    def devicewise(self, c: Candidate, spans: list[tuple[int, int]]) -> float:
+        blocks, first, last = self.times(c)
+        times = [sum(blocks[i:j]) for i, j in spans]
+        times[0] += first
+        times[-1] += last
+        return max(sum(times[:d]) + c.microbatches * sum(times[d :: c.mesh.pp]) for d in range(c.mesh.pp))
 
 
-def balanced(times: list[float], stages: int, first: float, last: float) -> list[tuple[int, int]]:
-    """Contiguous runs of blocks, one at least each, with the least maximum; ``first`` and ``last`` are of the end stages."""
+def balanced(
+    times: list[float], stages: int, first: float, last: float, m: int, ahead: bool
+) -> tuple[float, list[tuple[int, int]]]:  # fmt: skip
+    """Contiguous runs of blocks, one at least each: the least maximum of m · run (with ``ahead``: and all before it).
+
+    ``first`` and ``last`` are of the end stages.
+    """
     n = len(times)
+    if n == 0:
+        return m * (first + last), [(0, 0)]
     sums = np.concatenate([[0.0], np.cumsum(times)])
-    inner = np.where(np.triu(np.ones((n + 1, n + 1), bool), 1), sums[None, :] - sums[:, None], np.inf)
-    best = inner[0] + first
-    links = [np.zeros(n + 1, int)]
-    for s in range(1, stages):
-        value = np.maximum(best[:, None], inner + (last if s == stages - 1 else 0.0))
+    inner = np.where(np.triu(np.ones((n + 1, n + 1), bool), 1), m * (sums[None, :] - sums[:, None]), np.inf)
+    before = (sums + first)[:, None] if ahead else 0.0
+    best = np.full(n + 1, np.inf)
+    best[0] = 0.0
+    links = []
+    for s in range(stages):
+        extra = m * ((first if s == 0 else 0.0) + (last if s == stages - 1 else 0.0))
+        value = np.maximum(best[:, None], inner + extra + (before if s else 0.0))
         links.append(np.argmin(value, axis=0))
         best = np.min(value, axis=0)
-    return walk(links, n)
+    return float(best[n]), walk(links, n)
 
 
 def totals(made: Profile) -> Totals:

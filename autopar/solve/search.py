@@ -50,7 +50,7 @@ class Search:
                 break
             candidate = found[i][1]
             if not sharp:
-                heapq.heappush(heap, (max(low, self.source.closer(candidate)), i, True))
+                heapq.heappush(heap, (max(low, self.source.even(candidate)[0]), i, True))
             else:
                 self.seen += 1
                 self.look(candidate)
@@ -60,11 +60,11 @@ class Search:
     def look(self, candidate: Candidate) -> None:
         """Cut, and if that promises to be better than the best so far, run the schedule."""
         cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
-        value, spans = cutter.cut() if candidate.virtual == 1 else (0.0, self.source.even(candidate))
+        value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
         limit = float("inf") if self.best is None else self.best.seconds
         if not spans or value >= limit * (1 - CLOSE):
             return
-        made = settle(cutter, spans)
+        made = settle(cutter, spans, limit)
         if made is None:
             return
         if self.best is None or made.seconds < self.best.seconds * (1 - 1e-12):

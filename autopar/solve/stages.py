@@ -24,27 +24,28 @@ from autopar.solve.blocks import BEFORE
 from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, line, once_a_step
 
 
+At = tuple[int, int] | None
+
+
 @dataclass
 class Span:
     """Stage s as [i, j] matrices (or, for one span, numbers): seconds of one micro-batch, elements, and bytes.
 
     ``compute`` and ``talk`` add up to forward + backward. ``saved`` per micro-batch in flight and ``working`` have an
-    entry for each of none, selective, full; so have ``again`` (seconds) and ``again_talk`` (the part that is talking).
+    entry for each of none, selective, full; so has ``again`` (seconds). ``outside``: the working bytes without blocks'.
     """
 
     forward: Array
     backward: Array
     talk: Array
     again: list[Array]
-    again_talk: list[Array]
     saved: list[Array]
     fixed: Array
     working: list[Array]
-    working_ends: Array
+    outside: Array
     trained: Array
     frozen: Array
     partial: Array
-    root: Array
     unit: Array
     largest: Array
 
@@ -79,14 +80,18 @@ class Cutter:
             found |= {f"saved{mode}": b.saved[mode], f"again{mode}": b.again[mode], f"again_talk{mode}": b.again_talk[mode]}
         return found
 
-    def over(self, key: str) -> Array:
-        """Sums over blocks i … j-1 as an (n+1)×(n+1) matrix; what is not i < j means nothing."""
+    def over(self, key: str, at: At = None) -> Array:
+        """Sums over blocks i … j-1: for one [i, j], or as an (n+1)×(n+1) matrix, where what is not i < j means nothing."""
+        if at is not None:
+            return self.sums[key][at[1]] - self.sums[key][at[0]]
         if key not in self.cells:
             self.cells[key] = self.sums[key][None, :] - self.sums[key][:, None]
         return self.cells[key]
 
-    def most(self, name: str, row: Array) -> Array:
+    def most(self, name: str, row: Array, at: At = None) -> Array:
         """Maxima over blocks i … j-1."""
+        if at is not None:
+            return row[at[0] : at[1]].max(initial=0.0)
         if name not in self.cells:
             made = np.zeros((self.n + 1, self.n + 1))
             for i in range(self.n):
@@ -103,21 +108,20 @@ class Cutter:
             found.append(self.blocks.last)
         return found
 
-    def loose(self, s: int) -> tuple[Array, Array, Array, Array]:
+    def loose(self, s: int, at: At = None) -> tuple[Array, Array, Array, Array]:
         """Elements trained, frozen, partial of parameters outside of blocks, and the largest of them trained."""
-        trained, frozen, partial = (np.zeros((self.n + 1, self.n + 1)) for _ in range(3))
-        largest = 0.0
-        at = np.arange(self.n + 1)
+        trained, frozen, partial, largest = (np.zeros_like(self.over("trained", at)) for _ in range(4))
+        index = np.arange(self.n + 1)
         for held, positions in self.blocks.loose:
             here = s == 0 and BEFORE in positions or s == self.candidate.stages - 1 and self.n in positions
-            mask = np.full(trained.shape, float(here))
-            for k in positions if not here else ():
-                if 0 <= k < self.n:
-                    mask = np.maximum(mask, (at[:, None] <= k) & (k < at[None, :]))
-            trained, frozen, partial = (
-                trained + mask * held.trained, frozen + mask * held.frozen, partial + mask * held.partial)  # fmt: skip
-            largest = max(largest, held.trained if here else 0.0)
-        return trained, frozen, partial, np.full(trained.shape, largest)
+            inside = [k for k in positions if 0 <= k < self.n]
+            mask = np.full_like(trained, float(here))
+            for k in inside if not here else ():
+                within = at[0] <= k < at[1] if at is not None else (index[:, None] <= k) & (k < index[None, :])
+                mask = np.maximum(mask, within)
+            trained, frozen = trained + mask * held.trained, frozen + mask * held.frozen
+            partial, largest = partial + mask * held.partial, np.maximum(largest, mask * held.trained)
+        return trained, frozen, partial, largest
 
     def span(self, s: int) -> Span:
         """All matrices of stage s; stages that are neither first nor last share them."""
@@ -126,31 +130,30 @@ class Cutter:
             self.spans[role] = self.measured(s)
         return self.spans[role]
 
-    def measured(self, s: int) -> Span:
+    def measured(self, s: int, at: At = None) -> Span:
+        """Stage s with blocks i … j-1: for one [i, j] or for all."""
         b, ends = self.blocks, self.ends(s)
-        trained, frozen, partial, biggest = self.loose(s)
-        root, root_trained = trained + frozen, trained
-        per = self.most("unit", b.trained + b.frozen)
-        largest = np.maximum(self.most("unit_trained", b.trained), biggest)
-        forward = self.over("forward") + sum(e.forward + e.forward_talk for e in ends)
-        backward = self.over("backward") + sum(e.backward_input + e.backward_weight + e.backward_talk for e in ends)
-        talk = self.over("talk") + sum(e.forward_talk + e.backward_talk for e in ends)
+        trained, frozen, partial, biggest = self.loose(s, at)
+        root = trained + frozen
+        per = self.most("unit", b.trained + b.frozen, at)
+        largest = np.maximum(self.most("unit_trained", b.trained, at), biggest)
+        forward = self.over("forward", at) + sum(e.forward + e.forward_talk for e in ends)
+        backward = self.over("backward", at) + sum(e.backward_input + e.backward_weight + e.backward_talk for e in ends)
+        talk = self.over("talk", at) + sum(e.forward_talk + e.backward_talk for e in ends)
         outside = max(e.working[0] for e in ends)
-        shown_f, shown_b = self.shown(root, root_trained, per, largest)
+        shown_f, shown_b = self.shown(root, trained, per, largest)
         return Span(
             forward=forward + shown_f,
             backward=backward + shown_b,
             talk=talk + shown_f + shown_b,
-            again=[self.over(f"again{k}") + self.over(f"again_talk{k}") for k in range(3)],
-            again_talk=[self.over(f"again_talk{k}") for k in range(3)],
-            saved=[self.over(f"saved{k}") for k in range(3)],
-            fixed=np.full(forward.shape, sum(e.saved[0] for e in ends) + b.shared_bytes),
-            working=[np.maximum(self.most(f"working{k}", b.working[k]), outside) for k in range(3)],
-            working_ends=np.full(forward.shape, outside),
-            trained=self.over("trained") + trained,
-            frozen=self.over("frozen") + frozen,
-            partial=self.over("partial") + partial,
-            root=root,
+            again=[self.over(f"again{k}", at) + self.over(f"again_talk{k}", at) for k in range(3)],
+            saved=[self.over(f"saved{k}", at) for k in range(3)],
+            fixed=np.full_like(forward, sum(e.saved[0] for e in ends) + b.shared_bytes),
+            working=[np.maximum(self.most(f"working{k}", b.working[k], at), outside) for k in range(3)],
+            outside=np.full_like(forward, outside),
+            trained=self.over("trained", at) + trained,
+            frozen=self.over("frozen", at) + frozen,
+            partial=self.over("partial", at) + partial,
             unit=root + 2 * per,
             largest=largest,
         )
