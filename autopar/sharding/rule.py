@@ -69,8 +69,11 @@ _BY_TARGET: dict[Any, Rule] = {}
 def rule(
     *targets: Any, examples: Sequence[Any], localize: Localize | None = None, special: Special | None = None
 ) -> Callable[[AnyText], AnyText]:
-    """Register the decorated function for operator overloads, or for all that carry a `torch.Tag` (those with a rule of
-    their own excepted). Raises `notation.NotationError` if one of them has a rule already."""
+    """Register the decorated function for operator overloads, for operators registered elsewhere by name
+    (``"autopar::rms_norm"``), or for all that carry a `torch.Tag` and have no rule of their own.
+
+    Raises `notation.NotationError` if one of them has a rule already.
+    """
 
     def register(text: AnyText) -> AnyText:
         file = inspect.getsourcefile(text) or "?"
@@ -79,6 +82,7 @@ def rule(
             other = _BY_TARGET.setdefault(target, made)
             if other is not made:
                 raise notation.NotationError(f"two rules for {target}: in {other.file} and in {file}")
+        find.cache_clear()
         return text
 
     return register
@@ -95,12 +99,12 @@ def rules() -> Mapping[Any, Rule]:
 
 @cache
 def find(target: Any) -> Rule | None:
-    """The rule of an operator: its own, else that of one of its tags, else that of the operator it does in place."""
+    """The rule of an operator: its own (by name, too), else of one of its tags, else of what it does in place."""
     known = rules()
     if target in known or not isinstance(target, torch._ops.OpOverload):
         return known.get(target)
-    tagged = next((known[t] for t in target.tags if t in known), None)
-    return tagged or find(_functional(target))
+    named = known.get(target._schema.name) or next((known[t] for t in target.tags if t in known), None)
+    return named or find(_functional(target))
 
 
 def _functional(target: torch._ops.OpOverload) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from autopar.sharding import oracle, rules
+from autopar.sharding import rule as rule_module
 from autopar.sharding.example import Example, example, integers, tensor, truths
 from autopar.sharding.notation import NotationError, expand
 from autopar.sharding.placement import P, R, S
@@ -165,3 +166,31 @@ def test_two_rules_for_one_operator_are_refused_naming_both_files(tmp_path: Path
     sys.modules.pop("again", None)
     assert "aten.linear.default" in str(error.value)
     assert str(second) in str(error.value) and str(Path(rules.__path__[0]) / "linear.py") in str(error.value)
+
+
+def test_an_operator_registered_elsewhere_has_its_rule_by_name(monkeypatch: pytest.MonkeyPatch):
+    @torch.library.custom_op("sharding_test::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    double.register_fake(torch.empty_like)
+    monkeypatch.setattr(rule_module, "_BY_TARGET", dict(all_rules()))
+    monkeypatch.setattr(rule_module, "rules", lambda: rule_module._BY_TARGET)
+    made = example(torch.ops.sharding_test.double.default, tensor(4, 3))
+    assert is_unsplit(made.node)
+    rule_module.rule("sharding_test::double", examples=[made])(lambda node: "a b ~ -> a b ~")
+    rule_module.clear()
+    assert [str(s) for s in strategies(made.node, 2)] == ["R->R", "S(0)->S(0)", "P->P"]
+    rule_module.find.cache_clear()
+
+
+def test_an_operator_in_place_has_the_freedom_of_the_one_that_is_not():
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    for node in (x, y):
+        node.meta.update(val=torch.empty(4, 3, device="meta"), kind="input")
+    for inplace, plain in ((aten.add_.Tensor, aten.add.Tensor), (aten.div_.Tensor, aten.div.Tensor)):
+        pair = [graph.call_function(t, (x, y)) for t in (inplace, plain)]
+        for node in pair:
+            node.meta["val"] = x.meta["val"]
+        assert strategies(pair[0], 2) == strategies(pair[1], 2)

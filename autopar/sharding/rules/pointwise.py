@@ -151,6 +151,7 @@ def _linear_cast(node: fx.Node) -> bool:
         example(aten.to.dtype, integers(4, 6, high=5), torch.float64),
         example(aten.to.dtype, tensor(4, 6), torch.int64),
         example(aten.type_as.default, tensor(4, 6), tensor(2, 5)),
+        example(aten.type_as.default, tensor(4, 6), tensor(4, 6)),
         example(aten.contiguous.default, tensor(4, 6)),
         example(aten.clone.default, tensor(4, 6)),
         example(aten.dropout.default, tensor(4, 6), 0.0, True),
@@ -160,7 +161,8 @@ def _linear_cast(node: fx.Node) -> bool:
     ],
 )
 def copies(node: fx.Node) -> str:
-    """One tensor in, one of its shape out. A real dropout is not linear: partial sums would need one mask."""
+    """One tensor in, one of its shape out. A real dropout is not linear: partial sums would need one mask. A second
+    operand gives its type alone, but has to be somewhere: split along where it has the same shape."""
     names, bound, name = letters(len(shape(node))), arguments(node), base_name(node.target)
     if "dropout" in name:
         linear = not bound["train"] or bound["p"] == 0
@@ -168,5 +170,7 @@ def copies(node: fx.Node) -> str:
     else:
         linear = not name.endswith("_like") and name != "bernoulli" and _linear_cast(node)
     mark = "~" if linear else ""
-    others = [term(f"x{i}!" for i in range(len(s))) for s in input_shapes(node)[1:]]
+    others = [
+        term(names) if s == shape(node) else term(f"x{i}!" for i in range(len(s))) for s in input_shapes(node)[1:]
+    ]
     return f"{', '.join([term(names, mark), *others])} -> {term(names, mark)}"
