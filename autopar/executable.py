@@ -13,11 +13,14 @@ from autopar.plan.plan import Plan, PlanDocument
 from autopar.spec.job import Job
 
 if TYPE_CHECKING:
+    import torch
+
     from autopar.ir.program import Program
     from autopar.runtime.engine import Engine
     from autopar.runtime.sources import Source
 
 WEIGHTS = "weights.safetensors"
+ADDED = "added.safetensors"  # first values of the parameters that passes added
 
 
 @dataclass
@@ -61,21 +64,38 @@ class Executable:
 
     def weights(self, folder: Path) -> list[dict[str, Any]]:
         """The manifest's list of where values come from: the job's checkpoint, this module's tensors, or a seed."""
-        assert self.program is not None
-        origin = self.job.model
-        tensors = {n: t for n, t in self.program.tensors.items() if not t.is_meta}
-        if origin is None and not all(n in tensors for n in self.program.parameters):
-            raise PlanError("the model has no weights (it is on the meta device) and the job names none; give job.model")
-        if origin is None:
-            from safetensors.torch import save_file
+        from safetensors.torch import save_file
 
-            save_file({n: tensors[n].detach().cpu().contiguous().clone() for n in self.program.read()}, folder / WEIGHTS)
+        assert self.program is not None
+        program, origin = self.program, self.job.model
+        if origin is None:
+            missing = [n for n in program.read() if program.tensors[n].is_meta and n not in program.initial]
+            if missing:
+                raise PlanError(
+                    f"the model has no weights ({missing[0]} is on the meta device) and the job names no model"
+                )
+            values = {n: program.tensors[n].detach().cpu().contiguous().clone() for n in program.read()}
+            save_file(values, folder / WEIGHTS)
             return [{"files": WEIGHTS}]
         found: list[dict[str, Any]] = []
+        if program.initial:
+            save_file(self.added(), folder / ADDED)
+            found.append({"files": ADDED})
         if origin.hf is not None and origin.config is None:
             path = Path(origin.hf).expanduser().resolve()
             found.append({"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path)})
         return [*found, {"seed": self.job.train.seed}]
+
+    def added(self) -> dict[str, torch.Tensor]:
+        """Values of the parameters that passes added: as they are, or as they begin."""
+        assert self.program is not None
+        program, seed = self.program, self.job.train.seed
+        return {
+            n: initial.make(n, program.parameters[n].shape, program.parameters[n].dtype, seed)
+            if (t := program.tensors[n]).is_meta
+            else t.detach().cpu().contiguous().clone()
+            for n, initial in program.initial.items()
+        }
 
     @classmethod
     def load(cls, folder: Path) -> Executable:

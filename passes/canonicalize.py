@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,9 @@ class Canonicalize(Pass):
             for node in list(graph.nodes):
                 if node.op == "call_function":
                     simplify(graph, node)
+            for node in list(graph.nodes):
+                if node.op == "call_function":
+                    functionalize(graph, node)
             clean(graph)
         causal_masks(program)
         drop_unused_arguments(program)
@@ -55,7 +59,9 @@ def simplify(graph: fx.Graph, node: fx.Node) -> None:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
     elif node.target in (aten.view.default, aten._unsafe_view.default):
-        node.target = aten.reshape.default  # a view only where the traced strides allowed it; reshape is one where it can
+        node.target = (
+            aten.reshape.default
+        )  # a view only where the traced strides allowed it; reshape is one where it can
     elif node.target is aten.matmul.default:
         linear_from_matmul(graph, node)
     elif node.target is aten.addmm.default and not node.kwargs:
@@ -78,6 +84,36 @@ def does_nothing(node: fx.Node) -> bool:
         return False
     before, after = source.meta["val"], node.meta["val"]
     return node.target in UNLESS_CHANGED and same_shape(before, after) and before.dtype == after.dtype
+
+
+def functionalize(graph: fx.Graph, node: fx.Node) -> None:
+    """``x /= y`` on a value that nothing aliases is ``x = x / y``: what a plan splits or moves must not change in place."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return
+    name = target._schema.name.split("::")[-1]
+    plain = getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)
+    changed = node.args[0]
+    if not name.endswith("_") or plain is None or not isinstance(changed, fx.Node) or aliased(changed, node):
+        return
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    node.target = plain
+    later = [u for u in changed.users if order[u] > order[node]]
+    for user in later:
+        user.replace_input_with(changed, node)
+
+
+def aliased(node: fx.Node, by: fx.Node) -> bool:
+    """Whether a value that ``by`` changes may share memory with another: an input, a view, or what has views."""
+    if node.op != "call_function":
+        return True
+    source = node.args[0] if node.target is operator.getitem else node
+    return makes_view(source) or any(makes_view(u) for u in node.users if u is not by and u.op != "output")
+
+
+def makes_view(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(r.alias_info is not None for r in schema.returns)
 
 
 def transposed(node: Any) -> fx.Node | None:

@@ -93,9 +93,7 @@ def signature(module: nn.Module, numbers: set[str], seen: dict[int, str], path: 
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name == "training" or f"{path}.{name}" in numbers:
             continue
-        if isinstance(value, PLAIN):
-            parts.append(f"{name}={value!r}")
-        elif isinstance(value, (tuple, list)) and all(isinstance(v, PLAIN) for v in value):
+        if isinstance(value, PLAIN) or isinstance(value, (tuple, list)) and all(isinstance(v, PLAIN) for v in value):
             parts.append(f"{name}={value!r}")
         elif isinstance(value, torch.Tensor):
             parts.append(f"{name}:tensor{tuple(value.shape)}")

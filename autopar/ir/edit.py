@@ -53,7 +53,9 @@ def matches(program: Program, path: str, target: str) -> bool:
     return program.roles.get(path) == target or fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
 
 
-def select(program: Program, who: str, targets: Iterable[str], kinds: tuple[type, ...] = (Linear, Embedding)) -> list[Layer]:
+def select(
+    program: Program, who: str, targets: Iterable[str], kinds: tuple[type, ...] = (Linear, Embedding)
+) -> list[Layer]:
     """The layers that the targets mean; blocks of which only some instances are meant are treated apart first.
 
     Raises `PassError` that names a target nobody answers to, and what there is.

@@ -80,7 +80,9 @@ def region(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any
     """Inline a `no_grad` or autocast region; what leaves a `no_grad` region is detached, as it was."""
     name = str(node.target)
     if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
-        raise TraceError(f"{where(node)}: the higher-order operator {name} cannot be compiled (data-dependent control flow?)")
+        raise TraceError(
+            f"{where(node)}: the higher-order operator {name} cannot be compiled (data-dependent control flow?)"
+        )
     args = list(node.args)
     at = next(i for i, a in enumerate(args) if isinstance(a, fx.Node) and a.op == "get_attr")
     body: fx.GraphModule = env[args[at]]

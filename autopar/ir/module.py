@@ -32,7 +32,9 @@ class ProgramModule(nn.Module):
             batch = dict(zip(self.program.inputs, args, strict=False)) | batch
         missing = [k for k in self.program.inputs if k not in batch]
         if missing:
-            raise TraceError(f"the batch lacks {missing[0]!r}; the program was traced with {', '.join(self.program.inputs)}")
+            raise TraceError(
+                f"the batch lacks {missing[0]!r}; the program was traced with {', '.join(self.program.inputs)}"
+            )
         sizes = example_sizes_of(batch, self.program)
         if sizes not in self.static:
             static = self.program.at(batch=sizes[0], length=sizes[1] if len(sizes) > 1 else None)
@@ -40,7 +42,10 @@ class ProgramModule(nn.Module):
         return run(*self.static[sizes], self.values(batch))
 
     def values(self, batch: dict[str, Any]) -> dict[str, Any]:
-        held = {**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers(remove_duplicate=False))}
+        held = {
+            **dict(self.named_parameters(remove_duplicate=False)),
+            **dict(self.named_buffers(remove_duplicate=False)),
+        }
         constants = {k: v for k, v in self.program.tensors.items() if k not in held}
         return {**constants, **held, **flat(batch)}
 

@@ -90,9 +90,7 @@ class Objective(nn.Module):
             )
         if self.shifts(labels):
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-        loss = F.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORED
-        )
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORED)
         return loss, (labels != IGNORED).sum()
 
 

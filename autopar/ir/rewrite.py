@@ -53,7 +53,9 @@ def discover() -> dict[str, type[Pass]]:
                 if defines_pass(value, module.__name__):
                     other = found.setdefault(value.name, value)
                     if other is not value:
-                        raise PassError(f"two passes are called {value.name!r}: {other.__module__} and {value.__module__}")
+                        raise PassError(
+                            f"two passes are called {value.name!r}: {other.__module__} and {value.__module__}"
+                        )
     return found
 
 

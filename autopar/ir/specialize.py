@@ -121,7 +121,9 @@ def run_meta(node: fx.Node, name: str) -> Any:
         return node.target(*args, **{k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()})
     except Exception as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise TraceError(f"{node.meta.get('path') or name}: {node.target} does not work at these sizes: {first}") from problem
+        raise TraceError(
+            f"{node.meta.get('path') or name}: {node.target} does not work at these sizes: {first}"
+        ) from problem
 
 
 def annotate(program: Program, sizes: dict[str, int]) -> None:

@@ -277,6 +277,8 @@ def explained(problem: BaseException | None) -> str:
         owner = step.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and step.tb_frame.f_code.co_name == "forward":
             with contextlib.suppress(Exception):
-                where = f"{type(owner).__name__} ({step.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{step.tb_lineno})"
+                where = (
+                    f"{type(owner).__name__} ({step.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{step.tb_lineno})"
+                )
         step = step.tb_next
     return f"{where or 'the model'} cannot be traced: {first_line(problem)}"

@@ -26,7 +26,10 @@ def verify(program: Program) -> None:
     called = {str(c.target) for c in program.calls()}
     check(called == set(program.blocks), f"blocks {sorted(program.blocks)} but calls of {sorted(called)}")
     outputs = program.graph.output_node().args[0]
-    check(isinstance(outputs, (tuple, list)) and len(outputs) == 2, f"the program returns {outputs}, not (loss_sum, count)")
+    check(
+        isinstance(outputs, (tuple, list)) and len(outputs) == 2,
+        f"the program returns {outputs}, not (loss_sum, count)",
+    )
 
 
 def check(holds: bool, message: str) -> None:

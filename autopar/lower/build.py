@@ -21,13 +21,14 @@ from autopar.plan.plan import PlanDocument
 TRAIN = '''\
 """Trains this build folder: `torchrun --nproc-per-node {ranks} train.py` (add --resume to go on from a checkpoint)."""
 
-import pathlib
-import sys
+from pathlib import Path
 
+from autopar.executable import Executable
 from autopar.runtime.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(pathlib.Path(__file__).parent, resume="--resume" in sys.argv))
+    folder = Path(__file__).parent
+    main(folder, build=Executable.load(folder).builder())
 '''
 
 README = """\
@@ -71,7 +72,9 @@ def build(
         (part / "train.py").write_text(TRAIN.format(ranks=ranks))
         (part / "plan.json").write_text(document.model_dump_json(indent=1) + "\n")
         (part / "job.yaml").write_text(job)
-        (part / "README.md").write_text(README.format(title=folder.name, ranks=ranks, summary=textwrap.indent(summary, "    ")))
+        (part / "README.md").write_text(
+            README.format(title=folder.name, ranks=ranks, summary=textwrap.indent(summary, "    "))
+        )
         constants = large_constants(program, manifest)
         if constants:
             from safetensors.torch import save_file

@@ -16,7 +16,18 @@ from autopar.lower import collectives
 from autopar.lower.spelling import spelled
 
 WIDTH = 110
-RESERVED = {*keyword.kwlist, *(n for n in vars(collectives) if not n.startswith("_")), "self", "torch", "nn", "F", "aten", "checkpoint", "tp", "device"}
+RESERVED = {
+    *keyword.kwlist,
+    *(n for n in vars(collectives) if not n.startswith("_")),
+    "self",
+    "torch",
+    "nn",
+    "F",
+    "aten",
+    "checkpoint",
+    "tp",
+    "device",
+}
 
 
 @dataclass
@@ -81,7 +92,9 @@ class Writer:
         self.expressions: dict[fx.Node, str] = {}
         self.body = Body([])
 
-    def write(self, nodes: list[fx.Node], call: Callable[[fx.Node, Callable[[fx.Node], str]], str | None] | None = None) -> Body:
+    def write(
+        self, nodes: list[fx.Node], call: Callable[[fx.Node, Callable[[fx.Node], str]], str | None] | None = None
+    ) -> Body:
         """``call`` writes block calls and returns None for what it has written itself."""
         ordered = [n for n in nodes if n.op not in ("placeholder", "output")]
         followers = {a: b for a, b in zip(ordered, [*ordered[1:], None], strict=True)}
@@ -147,7 +160,9 @@ class Writer:
 
     def result(self, values: Iterable[fx.Node], single: bool) -> None:
         names = [self.expression(v) for v in values]
-        self.body.lines.append(f"return {names[0]}" if single else f"return {', '.join(names)}{',' if len(names) == 1 else ''}")
+        self.body.lines.append(
+            f"return {names[0]}" if single else f"return {', '.join(names)}{',' if len(names) == 1 else ''}"
+        )
 
 
 def remark(node: fx.Node) -> str:

@@ -69,10 +69,10 @@ class Emitter:
         found = set()
         for i, place in enumerate(places):
             given = [c.args[i] for c in calls]
-            if place.meta["kind"] == "constant":
-                found.add(i)
-            elif place.meta["kind"] in ("parameter", "buffer") and all(
-                isinstance(g, fx.Node) and g.op == "placeholder" and len(operand_uses(g)) == 1 for g in given
+            if (
+                place.meta["kind"] == "constant"
+                or place.meta["kind"] in ("parameter", "buffer")
+                and all(isinstance(g, fx.Node) and g.op == "placeholder" and len(operand_uses(g)) == 1 for g in given)
             ):
                 found.add(i)
         return found
@@ -221,12 +221,18 @@ class StageWriter:
     def inside_blocks(self, node: fx.Node) -> bool:
         """Whether a placeholder is only read by block calls that hold it as their own."""
         uses = [u for u in node.users if u.op == "call_module"]
-        own = [u for u in uses if all(a is not node or i in self.emitter.owned[str(u.target)] for i, a in enumerate(u.args))]
+        own = [
+            u
+            for u in uses
+            if all(a is not node or i in self.emitter.owned[str(u.target)] for i, a in enumerate(u.args))
+        ]
         return bool(uses) and len(own) == len(node.users)
 
     def block_list(self) -> list[str]:
         """The construction of the stage's blocks, runs of equal ones in one line."""
-        calls = [(f"Block{str(c.target).split('_')[1]}", r) for c, r in zip(self.stage.calls, self.recompute, strict=True)]
+        calls = [
+            (f"Block{str(c.target).split('_')[1]}", r) for c, r in zip(self.stage.calls, self.recompute, strict=True)
+        ]
         if not calls:
             return []
         groups: list[tuple[tuple[str, str], int]] = []

@@ -65,7 +65,9 @@ class Localizer:
         self.places: dict[fx.Node, Placement] = {}
         self.partial: set[str] = set()
 
-    def run(self, nodes: list[fx.Node], received: Mapping[fx.Node, Placement], called: Mapping[str, Strategy]) -> Localized:
+    def run(
+        self, nodes: list[fx.Node], received: Mapping[fx.Node, Placement], called: Mapping[str, Strategy]
+    ) -> Localized:
         """``received``: values that come from another stage, and where they live. ``called``: how blocks take and return."""
         self.called = called
         self.deferred = self.find_deferred(nodes)
@@ -126,7 +128,8 @@ class Localizer:
                     readers.setdefault(source, []).append((q, grad))
         called = {a for n in nodes if n.op == "call_module" for a in n.args}
         return {
-            n for n, wants in readers.items()
+            n
+            for n, wants in readers.items()
             if n.meta["requires_grad"] and n not in called and all(w == (R, P) for w in wants)
         }
 
@@ -141,7 +144,9 @@ class Localizer:
 
     def add_getitem(self, node: fx.Node) -> None:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        new = self.graph.create_node("call_function", operator.getitem, (self.env[source], node.args[1]), name=node.name)
+        new = self.graph.create_node(
+            "call_function", operator.getitem, (self.env[source], node.args[1]), name=node.name
+        )
         self.register(node, new, (self.place[source][node.args[1]],))  # type: ignore[index]
 
     def add_output(self, node: fx.Node) -> None:
@@ -234,7 +239,9 @@ def pieces(place: Placement) -> dict[str, Any]:
     return {"pieces": place.pieces} if place.pieces else {}
 
 
-def special_call(node: fx.Node, strategy: Strategy, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def special_call(
+    node: fx.Node, strategy: Strategy, args: Any, kwargs: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The emitted function of a strategy with collectives of its own."""
     if strategy.special == "vocab_embedding":
         padding = args[2] if len(args) > 2 else -1
@@ -243,7 +250,11 @@ def special_call(node: fx.Node, strategy: Strategy, args: Any, kwargs: Any) -> t
         bound = arguments(node)
         reduction = ("none", "mean", "sum")[bound["reduction"]]
         dim = strategy.inputs[0].dim
-        return collectives.vocabulary_cross_entropy, (args[0], args[1], reduction, bound["ignore_index"], dim, GROUP), {}
+        return (
+            collectives.vocabulary_cross_entropy,
+            (args[0], args[1], reduction, bound["ignore_index"], dim, GROUP),
+            {},
+        )
     raise AssertionError(f"{node.name}: no emitted function for {strategy.special}")
 
 

@@ -66,7 +66,9 @@ def spelled(node: fx.Node, names: Callable[[fx.Node], str], device: str) -> str:
     if isinstance(target, FunctionCall):
         return f"{target.__qualname__}.apply({', '.join(say(a) for a in target.arguments(node.args))})"
     if getattr(target, "__module__", "") == "autopar.lower.collectives":
-        given = ["self.tp" if a == "tp" else say(a) for a in node.args] + [f"{k}={say(v)}" for k, v in node.kwargs.items()]
+        given = ["self.tp" if a == "tp" else say(a) for a in node.args] + [
+            f"{k}={say(v)}" for k, v in node.kwargs.items()
+        ]
         return f"{target.__name__}({', '.join(given)})"
     if isinstance(target, torch._ops.OpOverload):
         return operator_text(node, target, say, device)
