@@ -30,7 +30,7 @@ def source_of(folder: Path, manifest: Manifest, build: Callable[[], nn.Module] |
         elif "gguf" in entry:
             from autopar.runtime.gguf import converted
 
-            sources.append(Files(converted(folder / entry["gguf"], folder), entry.get("ignore", ())))
+            sources.append(Files(converted(folder / entry["gguf"], folder, build), entry.get("ignore", ())))
         elif "seed" in entry:
             if build is None:
                 raise AutoparError(

@@ -35,18 +35,21 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 def main(
     folder: str | Path,
     *,
+    resume: bool | None = None,
     build: Callable[[], nn.Module] | None = None,
     source: Source | None = None,
-    arguments: list[str] | None = None,
 ) -> None:
     """Train a build folder to the job's last step. Under torchrun, one call on each rank.
 
-    Takes ``--resume`` from the command line: go on from the last checkpoint, if there is one. Ends the process with
-    status 2 and one message when the user's input is wrong. On SIGTERM or SIGINT, saves and stops.
+    ``resume``: go on from the last checkpoint, if there is one (default: whether the command line says ``--resume``).
+    ``build`` and ``source``: as for `Engine`. Ends the process with status 2 and one message when the user's input is
+    wrong. On SIGTERM or SIGINT, saves and stops.
     """
-    parser = argparse.ArgumentParser(description="Train this build folder (start it with torchrun).")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    resume = parser.parse_args(arguments).resume
+    if resume is None:
+        parser = argparse.ArgumentParser(description="Train this build folder (start it with torchrun).")
+        parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        resume = parser.parse_args().resume
+    assert resume is not None
     _recorded(Path(folder).resolve(), resume, build, source)
 
 
