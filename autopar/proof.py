@@ -73,7 +73,7 @@ def prove_module(
         document = planned(program, Cluster.load(job.cluster), job) if plan is None else document_of(plan)
         reference = one_process(program, model, batch, job, loss)
         found = executed(program, document, batch, job)
-    return proof(reference, found, document.plan)
+    return proof(reference, found, document.plan, job.optimizer.lr)
 
 
 @contextmanager
@@ -179,9 +179,7 @@ def eager(module: nn.Module, prefix: str, batch: Mapping[str, torch.Tensor], job
 def reference_optimizer(options: Optimizer, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     """torch's own optimizer."""
     if options.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     return torch.optim.AdamW(
         parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
@@ -237,10 +235,10 @@ def rank_run(folder: str) -> tuple[list[float], dict[str, torch.Tensor], dict[st
 # ------------------------------------------------------------------ comparison
 
 
-def proof(reference: Run, found: Run, plan: Plan) -> dict[str, Any]:
+def proof(reference: Run, found: Run, plan: Plan, lr: float) -> dict[str, Any]:
     loss = max(abs(a - b) / abs(b) for a, b in zip(found.losses, reference.losses, strict=True))
     gradient, worst_gradient = distance(found.gradients, reference.gradients)
-    parameter, worst_parameter = distance(found.parameters, reference.parameters)
+    parameter, worst_parameter = distance(found.parameters, reference.parameters, lr)
     errors = {"loss_error": loss, "gradient_error": gradient, "parameter_error": parameter}
     return {
         "ranks": plan.mesh.devices,
@@ -252,8 +250,12 @@ def proof(reference: Run, found: Run, plan: Plan) -> dict[str, Any]:
     }
 
 
-def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest relative error over all tensors (inf where one is missing), and its tensor."""
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], lr: float = 0.0) -> tuple[float, str]:
+    """The largest relative error over all tensors (inf where one is missing), and its tensor.
+
+    ``lr``: AdamW moves an element whose gradient is zero in exact arithmetic by rounding noise over its eps; parameters
+    are therefore measured against no less than one such step, lr · √elements.
+    """
     missing = [n for n in wanted if n not in found]
     if missing:
         return float("inf"), missing[0]
@@ -263,7 +265,8 @@ def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
         a = found[key]
         if a.shape != b.shape:
             raise AutoparError(f"{key} has shape {tuple(a.shape)} on several ranks, {tuple(b.shape)} on one")
-        error = float((a.double() - b.double()).norm()) / max(float(b.double().norm()), FLOOR * whole, 1e-300)
+        scale = max(float(b.double().norm()), FLOOR * whole, lr * b.numel() ** 0.5, 1e-300)
+        error = float((a.double() - b.double()).norm()) / scale
         if not error <= worst:
             worst, name = error, key
     return worst, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -140,9 +141,9 @@ def placeholder(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch
     with graph.inserting_after(last):
         new = graph.placeholder(name.replace(".", "_"))
     mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
-    empty = torch.empty(shape, dtype=dtype, device="meta")
     new.meta.update(kind="parameter", name=name, path="", requires_grad=True)
-    new.meta["val"] = mode.from_tensor(empty) if mode is not None else empty
+    with mode or contextlib.nullcontext():
+        new.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
     return new
 
 

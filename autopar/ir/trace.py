@@ -98,6 +98,7 @@ def once(
         tensors=tensors,
         inputs=example,
         sizes=symbols(outer, sizes) if symbolic else {},
+        roles=roles_of(objective.model),
     )
     if not symbolic:
         program.respecialize = lambda _program, wanted: once(
@@ -188,6 +189,17 @@ def table(model: nn.Module, named: Any) -> dict[str, Parameter]:
             name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, alias if alias != name else None
         )
     return found
+
+
+def roles_of(model: nn.Module) -> dict[str, str]:
+    """The role of every module with parameters, by the model's family."""
+    from autopar.spec.family import roles
+
+    kind = getattr(getattr(model, "config", None), "model_type", None) or getattr(
+        getattr(model, "spec", None), "family", None
+    )  # foreign objects: a Hugging Face config, a declarative model's spec, or neither
+    paths = dict.fromkeys(n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False))
+    return roles(paths, kind)
 
 
 def strip(path: str) -> str:

@@ -17,7 +17,7 @@ from autopar.ir.program import OUTER, Program
 from autopar.lower.code import Body, Names, Writer, indent
 from autopar.lower.localize import Localized, Localizer, strategy_of
 from autopar.lower.outer import Run, outputs, runs
-from autopar.lower.stages import StageGraph, cut, free_nodes
+from autopar.lower.stages import StageGraph, changes_in_place, cut, free_nodes, memory_of
 from autopar.plan.plan import Plan
 from autopar.sharding.placement import Placement, local_shape
 from autopar.sharding.strategy import Strategy
@@ -334,6 +334,9 @@ class StageWriter:
                     need(source)
 
         need(count)
+        for node in self.program.graph.nodes:
+            if changes_in_place(node) and memory_of(node) in needed:
+                need(node)
         nodes = [n for n in self.program.graph.nodes if n in needed]
         sub = Localizer({}, 1, set()).run(nodes, {}, {})
         names = Names()
@@ -574,11 +577,14 @@ def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
     """The stages' sources and the manifest of a static ``program`` (of the plan's micro-batch) under ``plan``."""
     emitter = Emitter(program, plan)
     stages = [emitter.stage(s) for s in emitter.stages]
-    tied = [[n, p.alias_of] for n, p in program.parameters.items() if p.alias_of is not None]
+    tied: dict[str, list[str]] = {}
+    for name, parameter in program.parameters.items():
+        if parameter.alias_of is not None:
+            tied.setdefault(parameter.alias_of, [parameter.alias_of]).append(name)
     inputs = {
         n.meta["name"]: {"shape": list(n.meta["val"].shape), "dtype": dtype_name(n.meta["val"].dtype),
                          "batched": bool(n.meta["dims"]) and "batch" in n.meta["dims"][0]}
         for n in program.graph.nodes
         if n.op == "placeholder" and n.meta["kind"] == "input"
     }  # fmt: skip
-    return stages, {"stages": [s.entry for s in stages], "tied": tied, "inputs": inputs}
+    return stages, {"stages": [s.entry for s in stages], "tied": list(tied.values()), "inputs": inputs}

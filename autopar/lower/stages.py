@@ -81,6 +81,7 @@ def cut(program: Program, ranges: list[tuple[int, int]]) -> list[StageGraph]:
     for stage, nodes in enumerate(own):
         for node in list(nodes):
             require(node, stage, home, free, own, received)
+        attach_changes(program, stage, home, free, own, received)
     stages = []
     for stage, nodes in enumerate(own):
         ordered = sorted(nodes, key=order.__getitem__)
@@ -95,6 +96,40 @@ def cut(program: Program, ranges: list[tuple[int, int]]) -> list[StageGraph]:
             )
         )
     return stages
+
+
+def attach_changes(
+    program: Program,
+    stage: int,
+    home: dict[fx.Node, int],
+    free: set[fx.Node],
+    own: list[set[fx.Node]],
+    received: list[set[fx.Node]],
+) -> None:
+    """In-place changes of values the stage computes for itself: nobody reads them, yet they must happen."""
+    changes = [n for n in program.graph.nodes if n in free and changes_in_place(n)]
+    again = True
+    while again:
+        again = False
+        for node in changes:
+            if node not in own[stage] and memory_of(node) in own[stage]:
+                own[stage].add(node)
+                require(node, stage, home, free, own, received)
+                again = True
+
+
+def changes_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The value whose memory a node is a view of, or changes."""
+    schema = getattr(node.target, "_schema", None)
+    while schema is not None and any(r.alias_info is not None for r in schema.returns):
+        node = node.args[0]  # type: ignore[assignment]
+        schema = getattr(node.target, "_schema", None)
+    return node
 
 
 def require(
