@@ -99,6 +99,8 @@ def test_a_checkpoint_moves_through_every_plan_bit_for_bit(tmp_path):
 
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
     folder = write(tmp_path / "build", WIDE)
+    stage = folder / "stages" / "stage_0.py"
+    stage.write_text(stage.read_text().replace("h = enter(h, self.tp)", "h = enter(F.dropout(h, 0.2), self.tp)"))
     losses, expected = run(_uninterrupted, WIDE, folder, 4)
     run(_train_and_save, WIDE, folder, tmp_path / "c", 2)
     resumed, found = run(_continue, WIDE, folder, tmp_path / "c", 4)

@@ -146,3 +146,46 @@ def test_a_frozen_first_stage_equals_one_process(tmp_path):
 
 def test_a_stage_with_nothing_to_train_equals_one_process(tmp_path):
     prove(tmp_path, pp=2, tp=2, frozen=("blocks.2", "blocks.3", "head", "gain"))
+
+
+def _held_during_the_step(folder):
+    """After the first backward and after the first forward pass on this rank: bytes of gradients and parameters."""
+    engine = Engine(folder, source=Tensors.of(reference()), optimizer=ADAMW)
+    stage, seen = engine.runner.stages[0], []
+    forward, backward = stage.forward_one_chunk, stage.backward_one_chunk
+
+    def after_forward(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        seen.append(sum(p.data.numel() for p in unsharded(stage.submod)))
+        return result
+
+    def after_backward(*args, **kwargs):
+        backward(*args, **kwargs)
+        seen.append([h.parameter.grad is not None for h in engine.held if h.shard.shape])
+
+    stage.forward_one_chunk, stage.backward_one_chunk = after_forward, after_backward
+    engine.step(batch_of(engine.plan))
+    first = next(x for x in seen if isinstance(x, list))
+    return seen[0], first
+
+
+def unsharded(module):
+    """The gathered parameters that FSDP holds at this moment."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                for p in group.fsdp_params:
+                    if hasattr(p, "_unsharded_param") and p._unsharded_param.untyped_storage().nbytes():
+                        yield p._unsharded_param
+
+
+def test_under_a_pipeline_zero_stages_hold_what_they_promise(tmp_path):
+    """ZeRO 2 and 3 sum gradients in each micro-batch, ZeRO 1 only at the end; ZeRO 3 gives parameters back at once."""
+    found = {}
+    for zero in (1, 2, 3):
+        folder = write(tmp_path / f"zero{zero}", plan_of(pp=2, dp=2, zero=zero, microbatches=3))
+        found[zero] = spawn(_held_during_the_step, 4, folder)[0]
+    assert not any(found[1][1]) and all(found[2][1]) and all(found[3][1])
+    assert found[1][0] == found[2][0] > 0 and found[3][0] == 0
