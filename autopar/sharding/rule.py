@@ -10,6 +10,9 @@ notation, or None where this call has no freedom::
 
 ``localize=`` says which arguments change on local tensors, ``special=`` adds strategies with a local function of their
 own. The oracle (`autopar.sharding.oracle`) proves every example of every rule.
+
+An operator in place (``add_``) has the freedom of the one that is not. Whoever emits code must not run it in place on a
+value that was moved, nor where the value has other readers: the change would reach a copy alone.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from ortools.math_opt.python import mathopt
 from torch import fx
 
 from autopar.ir.ops import operands
-from autopar.sharding.call import output_shapes
-from autopar.sharding.placement import Placement, R
+from autopar.sharding.call import output_shapes, tensors
+from autopar.sharding.placement import Placement
 from autopar.sharding.redistribute import grad_placement, moves, volume
 from autopar.sharding.rule import strategies
 from autopar.sharding.strategy import Strategy
@@ -55,7 +55,7 @@ def _edge(model: Any, node: fx.Node, i: int, source: fx.Node, options: Any, pick
         starts = _group(options[source], pick[source], lambda s: s.outputs[0])
     ends = _group(options[node], pick[node], lambda s: (s.inputs[i], s.replicated))
     size = math.prod(output_shapes(source)[0])
-    flows = source.meta["val"].dtype.is_floating_point if hasattr(source.meta["val"], "dtype") else True
+    flows = tensors(source.meta["val"])[0].is_floating_point()
     flow = {(p, e): model.add_variable(lb=0, ub=1) for p in starts for e in ends}
     for p, xs in starts.items():
         model.add_linear_constraint(sum(flow[p, e] for e in ends) == sum(xs))
@@ -90,6 +90,3 @@ def summary(choices: dict[fx.Node, Strategy]) -> dict[str, str]:
         for n, s in choices.items()
         if n.op == "placeholder" and n.meta["kind"] == "parameter"
     }
-
-
-__all__ = ["R", "best", "summary"]

@@ -31,6 +31,8 @@ class CausalLoss(nn.Module):
 
 
 class Seq2SeqLoss(nn.Module):
+    """Summed loss of an encoder-decoder that reads what it is to write."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -41,6 +43,8 @@ class Seq2SeqLoss(nn.Module):
 
 
 class MaskedLoss(nn.Module):
+    """Summed loss of an encoder, classes in dim 1."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -51,6 +55,8 @@ class MaskedLoss(nn.Module):
 
 
 class ImageLoss(nn.Module):
+    """Summed loss of an image classifier."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -240,8 +246,8 @@ def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) ->
             inner = getattr(module, node.args[1].target)
             held = dict(zip(inner.graph.find_nodes(op="placeholder"), args[2:], strict=True))
             env[node] = _inline(inner, graph, held)
-        elif isinstance(env_item := (args[0] if args else None), (tuple, list)) and node.target is operator.getitem:
-            env[node] = env_item[args[1]]
+        elif node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+            env[node] = args[0][args[1]]  # of a region that was opened
         elif "_assert_" not in str(node.target):
             args = map_aggregate(args, _double)
             env[node] = graph.call_function(_functional(node.target), args, map_aggregate(kwargs, _double))

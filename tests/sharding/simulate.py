@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from autopar.ir.ops import operands
-from autopar.sharding.call import tensors
 from autopar.sharding.oracle import run
 from autopar.sharding.placement import Placement, R, local
 from autopar.sharding.redistribute import grad_placement, legal, redistribute, wanted
@@ -88,6 +87,3 @@ def _operand(node: fx.Node, strategy: Strategy, i: int, source: fx.Node, choices
     if not shards[0].requires_grad:
         return [s.clone().contiguous() for s in redistribute(p, q, shards)]
     return list(Edge.apply(p, q, grad_placement(q, strategy.replicated), *shards))
-
-
-__all__ = ["draw", "simulate", "tensors"]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 from torch import fx
 
 from autopar.ir.ops import operands
+from autopar.ir.trace import trace as trace_program
 from autopar.sharding import rule
 from autopar.sharding.patterns import collect_patterns
 from autopar.sharding.placement import R
 from autopar.sharding.rule import is_unsplit, strategies
 from tests.sharding import simulate as simulation
 from tests.sharding.best import best, summary
-from tests.sharding.families import FAMILIES, trace
+from tests.sharding.families import FAMILIES, batch, trace
 from tests.sharding.simulate import Choices, draw, simulate
 
 pytest.importorskip("transformers")
@@ -128,3 +130,19 @@ def test_strategies_of_a_graph_take_little_time():
         best_of.append(time.perf_counter() - start)
     assert count > 1000
     assert min(best_of) < 0.15  # measured 0.03 s; the margin is for busy machines
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "glm", "mixtral", "bert", "vit"])
+def test_a_folded_program_has_strategies_in_every_graph(family: str):
+    torch.manual_seed(0)
+    made = FAMILIES[family]()
+    example = {k: v.float() if v.is_floating_point() else v for k, v in batch(made).items()}
+    program = trace_program(made.model.train(), example).at()
+    for _, graph in program.graphs():
+        patterns = collect_patterns(graph)
+        assert [str(n.target) for n in graph.nodes if is_unsplit(n)] == []
+        for node in graph.nodes:
+            options = strategies(node, 2, patterns)
+            if node.op == "call_function":
+                assert all(len(s.inputs) == len(operands(node)) for s in options)
+                assert options[0].replicated or not options[0].outputs
