@@ -21,6 +21,9 @@ MEMORY_CURVE = ((0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9))
 """Share of the memory bandwidth by bytes of a call: Calculon's a100_80g.json, ``mem1``."""
 
 
+SUSTAINED = 0.93
+"""Rate of a matrix product in the midst of others (clocks under the power limit, tails of kernels) over its rate alone. From
+the first row of table 4 in Korthikanti et al. 2022, forward and backward of a 22B layer on A100 (7.7 and 11.9 ms)."""
 ATTENTION = 0.6
 """Share of a matrix product's rate that a fused attention kernel reaches: between 225 / 312 over 0.87 on A100 and 335 / 989
 over 0.80 on H100 (Dao 2023, FlashAttention-2, section 4.1, over the shares above)."""
@@ -68,7 +71,7 @@ def kernel(device: Device, kind: str, flops: float, bytes: float, dtype: str) ->
     """One kernel: the slower of its FLOPs and its bytes, and the time to start it."""
     if not flops and not bytes:
         return 0.0
-    rate = device.peak(dtype) * share(device, "matmul", flops) * (ATTENTION if kind == "attention" else 1.0)
+    rate = device.peak(dtype) * share(device, "matmul", flops) * SUSTAINED * (ATTENTION if kind == "attention" else 1.0)
     computing = flops / rate if flops else 0.0
     return max(computing, moving(device, bytes)) + device.kernel_latency
 

@@ -85,7 +85,17 @@ def is_view(node: fx.Node) -> bool:
     given = operands(node)
     if not given or len(tensors(node)) != 1 or not tensors(given[0]):
         return False
+    if op_name(node) in ("reshape", "contiguous", "flatten") and heads_back(given[0]):
+        return True
     return shares(tensors(node)[0], tensor(value(given[0])))
+
+
+def heads_back(node: fx.Node) -> bool:
+    """Whether a value is a fused attention's output with heads and sequence swapped back. Kernels lay their output out like
+    the queries, so that this is contiguous; traced on the meta device it does not look so."""
+    while node.op == "call_function" and op_name(node) in ("reshape", "contiguous", "view", "transpose"):
+        node = operands(node)[0]
+    return node.op == "call_function" and "attention" in op_name(node)
 
 
 def shares(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -139,15 +139,9 @@ class Formulation:
         for key, columns in self.x.items():
             item = self.found.items[key]
             best = max(range(len(columns)), key=lambda i: done.values[columns[i]])  # noqa: B023
-            if item.node.op != "output" and not (item.node.op == "placeholder" and key[0] == "program" and _owned(item)):
+            if item.node.op != "output":
                 chosen[key] = item.options[best]
         return Assignment(self.degree, chosen, done.objective, done.bound, done.relaxed, tuple(self.found.unsplit))
-
-
-def _owned(item: Item) -> bool:
-    from autopar.solve.options import owned
-
-    return owned(item.node)
 
 
 def move_seconds(v: Value, p: Placement, w: Want, prices: Prices, once: bool = False) -> float | None:

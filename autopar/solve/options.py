@@ -91,7 +91,7 @@ def add_items(found: Choices, name: str, graph: fx.Graph, degree: int, weight: i
             found.items[name, node.name] = Item((name, node.name), node, options, weight)
             if is_unsplit(node) and reads(node) and not is_view(node):
                 found.unsplit.append(f"{name}.{node.name} ({node.target})")
-        elif node.op == "placeholder":
+        elif node.op == "placeholder" and not (name == OUTER and owned(node)):
             found.items[name, node.name] = Item((name, node.name), node, [], weight)
     if name == OUTER:
         out = graph.output_node()

@@ -26,6 +26,9 @@ SPLIT, WHOLE, GIVEN = "split", "whole", "given"
 """Assignments along tp: parameters split wherever they can be (least memory), or whole where that is faster; or a plan's own."""
 
 
+PROMISE = 0.99  # equation (1) of `stages` may be above the schedule's own time where stages are unlike, by less than this
+
+
 @dataclass(frozen=True)
 class Totals:
     """Sums over a profile: seconds of one micro-batch, elements, and bytes saved with everything recomputed."""
@@ -151,15 +154,17 @@ class Source:
         return blocks, taken(made.outer.get(BEFORE, Region())), taken(made.outer.get(self.calls, Region()))
 
     def even(self, c: Candidate) -> tuple[float, list[tuple[int, int]]]:
-        """Equation (1) of `stages` by times alone, and the cuts: a lower bound whatever ZeRO and recompute add. Several
-        stages to a device are cut so that the longest is as short as can be, and (1) is taken device by device."""
-        key = (c.mesh.tp, c.variant, c.microbatch, c.mesh.pp, c.virtual, c.microbatches if c.virtual == 1 else 0)
+        """The cuts that make the longest stage as short as can be, and with them the time of a step, whatever ZeRO and
+        recompute add: equation (1) of `stages`, or with several stages to a device, what each device has to do and to
+        wait for before its first."""
+        key = (c.mesh.tp, c.variant, c.microbatch, c.stages)
         if key not in self.cuts:
-            blocks, first, last = self.times(c)
-            m = c.microbatches if c.virtual == 1 else 1
-            self.cuts[key] = balanced(blocks, c.stages, first, last, m, c.virtual == 1)
-        value, spans = self.cuts[key]
-        return (value, spans) if c.virtual == 1 else (self.devicewise(c, spans), spans)
+            self.cuts[key] = balanced(*self.times(c), c.stages)
+        longest, spans = self.cuts[key]
+        if c.virtual > 1:
+            return self.devicewise(c, spans), spans
+        blocks, first, last = self.times(c)
+        return PROMISE * (sum(blocks) + first + last + (c.microbatches - 1) * longest), spans
 
     def devicewise(self, c: Candidate, spans: list[tuple[int, int]]) -> float:
         blocks, first, last = self.times(c)
@@ -169,25 +174,19 @@ class Source:
         return max(sum(times[:d]) + c.microbatches * sum(times[d :: c.mesh.pp]) for d in range(c.mesh.pp))
 
 
-def balanced(
-    times: list[float], stages: int, first: float, last: float, m: int, ahead: bool
-) -> tuple[float, list[tuple[int, int]]]:  # fmt: skip
-    """Contiguous runs of blocks, one at least each: the least maximum of m · run (with ``ahead``: and all before it).
-
-    ``first`` and ``last`` are of the end stages.
-    """
+def balanced(times: list[float], first: float, last: float, stages: int) -> tuple[float, list[tuple[int, int]]]:
+    """Contiguous runs of blocks, one at least each, with the least maximum; ``first`` and ``last`` are of the end stages."""
     n = len(times)
     if n == 0:
-        return m * (first + last), [(0, 0)]
+        return first + last, [(0, 0)]
     sums = np.concatenate([[0.0], np.cumsum(times)])
-    inner = np.where(np.triu(np.ones((n + 1, n + 1), bool), 1), m * (sums[None, :] - sums[:, None]), np.inf)
-    before = (sums + first)[:, None] if ahead else 0.0
+    inner = np.where(np.triu(np.ones((n + 1, n + 1), bool), 1), sums[None, :] - sums[:, None], np.inf)
     best = np.full(n + 1, np.inf)
     best[0] = 0.0
     links = []
     for s in range(stages):
-        extra = m * ((first if s == 0 else 0.0) + (last if s == stages - 1 else 0.0))
-        value = np.maximum(best[:, None], inner + extra + (before if s else 0.0))
+        extra = (first if s == 0 else 0.0) + (last if s == stages - 1 else 0.0)
+        value = np.maximum(best[:, None], inner + extra)
         links.append(np.argmin(value, axis=0))
         best = np.min(value, axis=0)
     return float(best[n]), walk(links, n)

@@ -14,7 +14,7 @@ from autopar.plan.plan import Plan, PlanDocument
 from autopar.solve import report, shortage
 from autopar.solve.outcome import Outcome, outcome, settle
 from autopar.solve.pipeline import Candidate, Setting, blocks
-from autopar.solve.prepare import Source, setting_of
+from autopar.solve.prepare import PROMISE, Source, setting_of
 from autopar.solve.space import candidates, check_batch, meshes
 from autopar.solve.stages import Cutter
 from autopar.spec.job import Batch, Job, Pins
@@ -62,7 +62,7 @@ class Search:
         cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
         value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
         limit = float("inf") if self.best is None else self.best.seconds
-        if not spans or value >= limit * (1 - CLOSE):
+        if not spans or PROMISE * value >= limit * (1 - CLOSE):
             return
         made = settle(cutter, spans, limit)
         if made is None:

@@ -1,13 +1,14 @@
 """Where a pipeline is cut, and which blocks of a stage are recomputed, by dynamic programming.
 
-With stages in order, blocks i … j-1 on stage s, a step of the schedules here takes at least (and, stages being alike, just)
+With blocks i … j-1 on stage s, a step of GPipe or 1F1B takes about (and, stages being alike, just) the time of one
+micro-batch through all stages, and of the others through the longest stage:
 
-    max over s of   Σ (f + b) of the blocks before i  +  2 · Σ sends before s  +  m · (f + b + again)[i, j]  +  end[i, j]      (1)
+    Σ over s of (f + b)[s]  +  max over s of ( (m - 1) · (f + b + again)[s] + again[s] + end[s] )  +  2 · Σ sends            (1)
 
-    best[s, j] = min over i < j of  max( best[s-1, i], the s-term of (1) for [i, j] )                                         (2)
+    best[s, j] = min over i < j of  max( best[s-1, i], the s-term of the maximum in (1) for [i, j] )                        (2)
 
 ``again`` is the least time of recomputing that makes [i, j] fit the memory of stage s: blocks are recomputed selectively,
-fully, or selectively and some of them fully, whichever is least (3). What does not fit is infinite.
+fully, or all selectively and some fully, whichever is least (3). What does not fit is infinite. ``end``: once a step.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from autopar.solve.blocks import BEFORE
 from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, line, once_a_step
 
 
+SINGLE = 0.5  # weight of the longest stage where a single micro-batch would leave the cuts open
 At = tuple[int, int] | None
 
 
@@ -221,18 +223,20 @@ class Cutter:
     # ---------------------------------------------------------------- the cuts
 
     def terms(self, s: int) -> Array:
-        """The s-term of (1) for every [i, j]. Several stages a device: the fit is looked after device by device, later."""
+        """The s-term of (1) for every [i, j]."""
         span, c = self.span(s), self.candidate
         role = (s == 0, s == c.stages - 1)
+        more = max(c.microbatches - 1, SINGLE)
         if role not in self.fixed_terms:
             exposed, optimizer = once_a_step(c, self.setting, self.sharding, span)
-            self.fixed_terms[role] = c.microbatches * (span.forward + span.backward) + exposed + optimizer
-        limit = self.setting.limit if c.virtual == 1 else np.inf
-        made = self.fixed_terms[role] + c.microbatches * self.again(s, span, limit)
-        if c.virtual > 1 or s == 0:
-            return made
-        before = self.sums["forward"] + self.sums["backward"] + 2 * sum(sorted(self.sends)[:s])
-        return made + before[:, None] + sum(total(e) for e in self.ends(0))
+            self.fixed_terms[role] = more * (span.forward + span.backward) + exposed + optimizer
+        return self.fixed_terms[role] + (more + 1) * self.again(s, span, self.setting.limit)
+
+    def through(self) -> float:
+        """Seconds of one micro-batch through all stages, without what ZeRO and recompute add to the stages' ends."""
+        ends = [total(e) for s in (0, self.candidate.stages - 1) for e in self.ends(s)]
+        once = sum(ends) if self.candidate.stages > 1 else total(self.blocks.every) + total(self.blocks.first) + total(self.blocks.last)
+        return float(self.sums["forward"][-1] + self.sums["backward"][-1]) + once + 2 * sum(sorted(self.sends)[: self.candidate.stages - 1])
 
     def cut(self) -> tuple[float, list[tuple[int, int]]]:
         """(2): the least value of (1) and the blocks of every stage; infinite and empty where nothing fits."""
@@ -240,7 +244,7 @@ class Cutter:
         if stages > max(n, 1):
             return float("inf"), []
         if stages == 1:
-            alone = float(self.terms(0)[0, n])
+            alone = self.through() + float(self.terms(0)[0, n])
             return alone, [(0, n)] if np.isfinite(alone) else []
         legal = np.triu(np.ones((n + 1, n + 1), bool), 1)
         best = np.full(n + 1, np.inf)
@@ -250,7 +254,7 @@ class Cutter:
             value = np.maximum(best[:, None], np.where(legal, self.terms(s), np.inf))
             links.append(np.argmin(value, axis=0))
             best = np.min(value, axis=0)
-        return (float(best[n]), walk(links, n)) if np.isfinite(best[n]) else (float("inf"), [])
+        return (self.through() + float(best[n]), walk(links, n)) if np.isfinite(best[n]) else (float("inf"), [])
 
 
 def total(region: Region) -> float:

@@ -1,0 +1,214 @@
+"""The outer search against trying everything, its ledger, pins, and what it says when nothing fits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from autopar.cluster import Cluster
+from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.program import Program
+from autopar.plan.plan import PlanDocument
+from autopar.solve.outcome import outcome
+from autopar.solve.pipeline import blocks
+from autopar.solve.search import evaluate, ordered, prepared, solve
+from autopar.solve.stages import Cutter
+from autopar.spec.job import Job
+from tests.cost.models import cluster, gpt
+
+MIXED = [{"mixed_precision": {"compute": "bfloat16"}}]
+
+
+def job(sequences: int = 32, length: int = 512, **more: Any) -> Job:
+    return Job(batch={"sequences": sequences, "length": length}, passes=MIXED, **more)  # type: ignore[arg-type]
+
+
+def plan(program: Program, machine: Cluster, **more: Any) -> PlanDocument:
+    return solve(program, machine, job(**more))
+
+
+def tight(gib: float, devices: int = 8, hosts: int = 1) -> Cluster:
+    return cluster(devices, hosts, memory=f"{gib} GiB")
+
+
+@pytest.mark.parametrize("gib", [80.0, 1.2, 0.8])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_the_search_finds_what_trying_everything_finds(devices: int, gib: float) -> None:
+    """Every mesh, ZeRO stage, micro-batch, schedule, cut, and number of blocks recomputed either way on each stage."""
+    program, machine = gpt(layers=3), tight(gib, devices)
+    asked = job(sequences=8)
+    source, setting, batch = prepared(program, machine, asked)
+    best = float("inf")
+    for _, c in ordered(source, setting, batch, asked.pins):
+        cutter = Cutter(blocks(source.profile(c), c, setting), c, setting)
+        for cut in itertools.combinations(range(1, 3), c.stages - 1):
+            spans = list(itertools.pairwise((0, *cut, 3)))
+            for modes in itertools.product(range(3), repeat=3):
+                tried = outcome(cutter, spans, [tuple(modes[i:j]) for i, j in spans])
+                if max(tried.peaks) <= setting.limit:
+                    best = min(best, tried.seconds)
+    if best == float("inf"):
+        with pytest.raises(InfeasibleError):
+            solve(program, machine, asked)
+        return
+    found = solve(program, machine, asked)
+    assert found.cost.step_seconds == pytest.approx(best, rel=1e-2)
+    assert found.cost.step_seconds >= best * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("pins", [{}, {"pp": 4}, {"tp": 8}, {"dp": 8, "zero": 3}, {"pp": 2, "tp": 2, "zero": 1}])
+def test_the_ledger_adds_up(pins: dict) -> None:
+    made = plan(gpt(layers=8), cluster(), pins=pins)
+    cost = made.cost
+    parts = cost.compute_seconds + cost.exposed_communication_seconds + cost.bubble_seconds + cost.optimizer_seconds
+    assert parts == pytest.approx(cost.step_seconds, rel=1e-6)
+    assert cost.bytes.total == cost.peak_bytes == max(s.peak_bytes for s in made.plan.stages)
+    assert cost.tokens_per_second == pytest.approx(32 * 512 / cost.step_seconds)
+    assert made.search.bound <= made.search.objective
+    assert made.search.gap <= 0.01
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"tp": 4, "pp": 1, "dp": 2, "zero": 1, "microbatch": 2, "sequence_parallel": True, "recompute": "selective"},
+        {"tp": 1, "pp": 4, "dp": 2, "zero": 2, "microbatch": 1, "schedule": "gpipe", "recompute": "full"},
+        {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "microbatch": 4, "schedule": "1f1b", "sequence_parallel": False},
+        {"tp": 1, "pp": 2, "dp": 4, "zero": 0, "schedule": "interleaved1f1b", "virtual_stages": 2, "microbatch": 1},
+        {"tp": 1, "pp": 2, "dp": 4, "zero": 1, "schedule": "interleavedzerobubble", "virtual_stages": 2, "microbatch": 1},
+    ],
+)
+def test_every_pin_is_kept_and_no_pinned_plan_beats_the_search(pins: dict) -> None:
+    program = gpt(layers=8)
+    made = plan(program, cluster(), pins=pins)
+    shape = made.plan.mesh
+    assert (shape.tp, shape.pp, shape.dp) == (pins["tp"], pins["pp"], pins["dp"])
+    assert made.plan.zero == pins["zero"]
+    assert made.plan.microbatch * made.plan.microbatches * shape.dp == 32
+    assert made.plan.schedule == pins.get("schedule", "1f1b")
+    if "recompute" in pins:
+        assert {r for s in made.plan.stages for r in s.recompute} == {pins["recompute"]}
+    if "sequence_parallel" in pins and shape.tp > 1:
+        assert made.plan.sequence_parallel is pins["sequence_parallel"]
+    if pins.get("schedule") != "interleavedzerobubble":
+        assert plan(program, cluster()).cost.step_seconds <= made.cost.step_seconds * (1 + 1e-9)
+
+
+def test_evaluating_a_plan_gives_the_cost_it_was_chosen_with() -> None:
+    program = gpt(layers=8)
+    for pins in ({}, {"tp": 4, "pp": 2}, {"pp": 4, "schedule": "interleaved1f1b", "virtual_stages": 2}):
+        asked = job(pins=pins)
+        made = solve(program, cluster(), asked)
+        assert evaluate(program, cluster(), asked, made.plan).cost == made.cost
+
+
+def test_the_same_job_gives_the_same_plan() -> None:
+    program = gpt(layers=8)
+    a, b = (plan(program, tight(3.0)) for _ in range(2))
+    assert (a.plan, a.cost, a.runners_up) == (b.plan, b.cost, b.runners_up)
+
+
+def test_more_memory_is_never_slower_and_less_is_never_faster() -> None:
+    program = gpt(layers=8)
+    times = [plan(program, tight(g)).cost.step_seconds for g in (1.5, 2.0, 3.0, 6.0, 12.0, 80.0)]
+    assert all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(times))
+    assert times[0] > times[-1]
+
+
+def test_blocks_are_recomputed_only_where_memory_is_short() -> None:
+    program = gpt(layers=8)
+    pins = {"tp": 1, "pp": 1, "dp": 8, "zero": 1, "microbatch": 4}
+    roomy = plan(program, cluster(), pins=pins)
+    assert {r for s in roomy.plan.stages for r in s.recompute} == {"none"}
+    need = roomy.cost.peak_bytes / 2**30
+    counts = []
+    for share in (1.0, 0.95, 0.9, 0.85):
+        made = plan(program, tight(need * share), pins=pins)
+        assert made.cost.peak_bytes <= need * share * 2**30 * 0.95
+        counts.append(sum(r != "none" for s in made.plan.stages for r in s.recompute))
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] <= 8
+
+
+def test_a_large_head_takes_the_place_of_blocks_on_the_last_stage() -> None:
+    program = gpt(layers=8, vocab=64000)
+    made = plan(program, cluster(4), pins={"pp": 4, "tp": 1}, sequences=32)
+    sizes = [s.blocks[1] - s.blocks[0] + 1 for s in made.plan.stages]
+    assert sum(sizes) == 8
+    assert sizes[-1] < max(sizes)
+    longest = max(s.seconds.forward + s.seconds.backward for s in made.plan.stages)
+    even = [2, 2, 2, 2]
+    assert sizes != even
+    assert longest < made.plan.stages[-1].seconds.forward * 10
+
+
+def test_adapters_change_the_plan() -> None:
+    machine = tight(2.0)
+    whole = plan(gpt(layers=8), machine)
+    part = plan(gpt(layers=8, train_only=("q.weight", "v.weight")), machine)
+    assert part.model.trainable_parameters < 0.2 * whole.model.parameters
+    assert part.cost.bytes.optimizer < whole.cost.bytes.optimizer or part.plan.zero < whole.plan.zero
+    assert part.cost.step_seconds < 0.85 * whole.cost.step_seconds
+
+
+def test_a_tied_head_is_held_on_both_end_stages_and_once_on_one() -> None:
+    tied = gpt(layers=4, vocab=32000, tied=True)
+    assert solve(tied, cluster(1), job(sequences=4)).model.parameters == 32000 * 1024 + 4 * 12_596_224 + 2048
+    one, two = (plan(tied, cluster(2), pins=p, sequences=8) for p in ({"tp": 2}, {"pp": 2}))
+    table = 32000 * 1024 * 6
+    assert two.cost.bytes.parameters > one.cost.bytes.parameters + table / 2 * 0.9
+
+
+def test_unlike_links_are_used_for_what_they_are_good_for() -> None:
+    made = plan(gpt(layers=8), cluster(4, hosts=2), pins={"tp": 4})
+    assert made.plan.mesh.tp * made.plan.mesh.dp * made.plan.mesh.pp == 8
+    slow = plan(gpt(layers=8), cluster(1, hosts=8), pins={"tp": 8, "sequence_parallel": True})
+    fast = plan(gpt(layers=8), cluster(8), pins={"tp": 8, "sequence_parallel": True})
+    assert slow.cost.exposed_communication_seconds > 3 * fast.cost.exposed_communication_seconds
+
+
+def test_what_does_not_fit_is_explained_with_numbers_and_ways_out() -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        plan(gpt(layers=8, vocab=32000), tight(0.3))
+    text = str(caught.value)
+    for part in ("GiB per device needed at best", "0.3 GiB there", "optimizer state", "of memory per device", "hosts"):
+        assert part in text, text
+
+
+def test_what_the_pins_alone_forbid_names_them() -> None:
+    with pytest.raises(InfeasibleError, match=r"leave out the pins \(.*recompute.*\)"):
+        plan(gpt(layers=8), tight(1.5), pins={"recompute": "none", "zero": 0, "tp": 1, "pp": 1})
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"tp": 3}, "3 devices a copy"),
+        ({"pp": 8, "tp": 2}, "16 devices a copy"),
+        ({"tp": 2, "pp": 2, "dp": 4}, "16 devices a copy"),
+        ({"cp": 2}, "context parallelism"),
+        ({"microbatch": 3}, "microbatch=3 does not divide"),
+        ({"schedule": "dualpipev"}, "dualpipev"),
+    ],
+)
+def test_pins_that_cannot_be_are_refused_with_the_arithmetic(pins: dict, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan(gpt(layers=8), cluster(), pins=pins)
+
+
+def test_more_stages_than_blocks_are_refused() -> None:
+    with pytest.raises(PlanError, match="pp=8 needs at least 8 blocks; the model has 4"):
+        plan(gpt(layers=4), cluster(), pins={"pp": 8})
+
+
+def test_a_batch_that_no_replica_divides_is_refused() -> None:
+    with pytest.raises(PlanError, match="7 sequences"):
+        plan(gpt(layers=4), cluster(), sequences=7, pins={"dp": 8})
+
+
+def test_a_time_limit_ends_the_search_with_the_best_so_far_and_a_bound() -> None:
+    made = plan(gpt(layers=8), tight(2.0, 8, 8), sequences=256, search={"seconds": 1e-6})
+    assert made.search.status in ("time limit", "optimal")
+    assert 0 < made.search.bound <= made.search.objective
