@@ -27,7 +27,15 @@ UNLESS_CHANGED = {  # no-ops where shape and dtype stay what they were
     aten.to.dtype_layout,
     aten._to_copy.default,
     aten.flatten.using_ints,
-    aten.contiguous.default,
+    aten.type_as.default,
+    aten.to.other,
+}
+CASTS = {  # a device is the run's affair; what is left is a cast
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.to.prim_Device,
+    aten._to_copy.default,
     aten.type_as.default,
 }
 TRANSPOSES = {aten.t.default, aten.numpy_T.default}
@@ -58,6 +66,8 @@ def simplify(graph: fx.Graph, node: fx.Node) -> None:
     if does_nothing(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
+    elif node.target in CASTS:
+        node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
     elif node.target in (aten.view.default, aten._unsafe_view.default):
         node.target = (
             aten.reshape.default

@@ -22,8 +22,8 @@ class ProgramModule(nn.Module):
         super().__init__()
         self.program = program
         self.static: dict[tuple[int, ...], Any] = {}
-        for name in program.parameters:
-            attach(self, name, program.tensors[name], parameter=True)
+        for name, parameter in program.parameters.items():
+            attach(self, name, as_declared(program.tensors[name], parameter.trainable), parameter=True)
         for name in program.buffers:
             attach(self, name, program.tensors[name], parameter=False)
 
@@ -48,6 +48,11 @@ class ProgramModule(nn.Module):
         }
         constants = {k: v for k, v in self.program.tensors.items() if k not in held}
         return {**constants, **held, **flat(batch)}
+
+
+def as_declared(tensor: torch.Tensor, trainable: bool) -> torch.Tensor:
+    """The parameter itself, or one that shares its memory where a pass froze it."""
+    return tensor if tensor.requires_grad == trainable else nn.Parameter(tensor.detach(), trainable)
 
 
 def flat(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
