@@ -243,9 +243,12 @@ class Cutter:
         n, stages = self.n, self.candidate.stages
         if stages > max(n, 1):
             return float("inf"), []
+        spare = max(self.candidate.microbatches - 1, SINGLE) - (self.candidate.microbatches - 1)
         if stages == 1:
+            span = self.span(0)
+            twice = spare * float((span.forward + span.backward + self.again(0, span, self.setting.limit))[0, n])
             alone = self.through() + float(self.terms(0)[0, n])
-            return alone, [(0, n)] if np.isfinite(alone) else []
+            return (alone - twice, [(0, n)]) if np.isfinite(alone) else (float("inf"), [])
         legal = np.triu(np.ones((n + 1, n + 1), bool), 1)
         best = np.full(n + 1, np.inf)
         best[0] = -np.inf
@@ -254,7 +257,9 @@ class Cutter:
             value = np.maximum(best[:, None], np.where(legal, self.terms(s), np.inf))
             links.append(np.argmin(value, axis=0))
             best = np.min(value, axis=0)
-        return (self.through() + float(best[n]), walk(links, n)) if np.isfinite(best[n]) else (float("inf"), [])
+        if not np.isfinite(best[n]):
+            return float("inf"), []
+        return self.through() + (0.0 if spare else float(best[n])), walk(links, n)
 
 
 def total(region: Region) -> float:
