@@ -72,8 +72,9 @@ def all_reduce(tensors: list[torch.Tensor], group: dist.ProcessGroup | None) -> 
 
 def norm(held: Iterable[Held], world: World) -> float:
     """The L2 norm of the whole model's gradient: every element counted once, on the rank that owns it."""
-    squares = [g.double().square().sum() for h in held if h.owned and (g := h.grad) is not None]
-    return world.sum(float(torch.stack(squares).sum()) if squares else 0.0)[0] ** 0.5
+    grads = [g for h in held if h.owned and (g := h.grad) is not None]
+    norms = torch.stack([n.double() for n in torch._foreach_norm(grads)]) if grads else torch.zeros(1)
+    return world.sum(float(norms.square().sum()))[0] ** 0.5
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from autopar.errors import PlanError
 from autopar.runtime.world import World
 
+BUCKET = 25 * 2**20  # bytes that are sent together at least, as in torch's DistributedDataParallel does
 SPLIT_BACKWARD = {"interleavedzerobubble", "zbvzerobubble", "dualpipev"}
 
 
@@ -62,30 +63,26 @@ def microbatch_flags(module: nn.Module, zero: int, last: bool) -> None:
 
 
 class Replicas:
-    """Sums the gradients of plain parameters over dp, unit by unit, while the last micro-batch's backward goes on.
+    """Sums the gradients of plain parameters over dp while the last micro-batch's backward goes on.
 
-    A unit is sent when each of its gradients got a contribution from every micro-batch, and units are sent in a fixed
-    order, so all ranks issue the same collectives. What is left (split backward passes, unused parameters) `finish` sends.
+    A bucket is sent when each of its gradients got a contribution from every micro-batch, and buckets in a fixed
+    order, so all ranks issue the same collectives. What is left (split backward passes, unused parameters) `finish`
+    sends.
     """
 
     def __init__(self, module: nn.Module, units: tuple[str, ...], microbatches: int, world: World):
         self.group, self.microbatches = world.group("dp"), microbatches
-        self.units: list[list[nn.Parameter]] = []
-        self.unit_of: dict[nn.Parameter, int] = {}
-        targets = [*(module.get_submodule(u) for u in reversed(units)), module] if self.group is not None else []
-        for target in targets:
-            mine = [p for p in target.parameters() if _whole(p) and p not in self.unit_of]
-            self.unit_of |= dict.fromkeys(mine, len(self.units))
-            if mine:
-                self.units.append(mine)
-        for parameter in self.unit_of:
+        targets = [module.get_submodule(u) for u in reversed(units)]  # the backward pass begins at the last unit
+        self.buckets = buckets([*targets, module]) if self.group is not None else []
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        for parameter in self.bucket_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self.start()
 
     def start(self) -> None:
         """Forget the last step."""
-        self.seen = dict.fromkeys(self.unit_of, 0)
-        self.open = [len(u) for u in self.units]  # parameters of each unit whose gradients are not final yet
+        self.seen = dict.fromkeys(self.bucket_of, 0)
+        self.open = [len(b) for b in self.buckets]  # parameters of each bucket whose gradients are not final yet
         self.sent: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []
         self.next = 0
 
@@ -93,16 +90,16 @@ class Replicas:
         assert isinstance(parameter, nn.Parameter)
         self.seen[parameter] += 1
         if self.seen[parameter] == self.microbatches:
-            self.open[self.unit_of[parameter]] -= 1
-            while self.next < len(self.units) and self.open[self.next] == 0:
+            self.open[self.bucket_of[parameter]] -= 1
+            while self.next < len(self.buckets) and self.open[self.next] == 0:
                 self._send()
 
     def _send(self) -> None:
-        for p in self.units[self.next]:
+        for p in self.buckets[self.next]:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for p in self.units[self.next]:
+        for p in self.buckets[self.next]:
             assert p.grad is not None
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
         for grads in by_dtype.values():
@@ -118,7 +115,7 @@ class Replicas:
 
     def finish(self) -> None:
         """Send what is left, wait for all, and put the sums where the gradients are."""
-        while self.next < len(self.units):
+        while self.next < len(self.buckets):
             self._send()
         for grads, flat, work in self.sent:
             work.wait()
@@ -126,6 +123,18 @@ class Replicas:
                 for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                     grad.copy_(part.view_as(grad))
         self.start()
+
+
+def buckets(modules: list[nn.Module]) -> list[list[nn.Parameter]]:
+    """The whole trainable parameters of modules, in order, each once, in lists of at least BUCKET bytes (but the last)."""
+    found: list[list[nn.Parameter]] = [[]]
+    seen: set[nn.Parameter] = set()
+    for module in modules:
+        found[-1] += [p for p in module.parameters() if _whole(p) and p not in seen]
+        seen.update(found[-1])
+        if sum(p.numel() * p.element_size() for p in found[-1]) >= BUCKET:
+            found.append([])
+    return [bucket for bucket in found if bucket]
 
 
 def _whole(parameter: nn.Parameter) -> bool:

@@ -45,12 +45,20 @@ def _expected(plan, tied, frozen):
     return losses, norm, first, {n: t.detach().clone() for n, t in model.state_dict().items()}
 
 
-def prove(tmp_path, *, tied=False, frozen=(), **options):
+def _train_in_small_buckets(folder, tied):
+    """As `_train`, with an all-reduce for every unit."""
+    from autopar.runtime import zero
+
+    zero.BUCKET = 1
+    return _train(folder, tied)
+
+
+def prove(tmp_path, *, tied=False, frozen=(), train=_train, **options):
     plan = plan_of(**options)
     folder = write(tmp_path / "build", plan, tied=tied, frozen=frozen)
     losses, norm, first, last = _expected(plan, tied, frozen)
     ranks = plan.mesh.devices
-    results = spawn(_train, ranks, folder, tied) if ranks > 1 else [_train(folder, tied)]
+    results = spawn(train, ranks, folder, tied) if ranks > 1 else [_train(folder, tied)]
     for rank, (got_losses, got_norm, got_first, got_last) in enumerate(results):
         for got, want in zip(got_losses, losses, strict=True):
             assert abs(got - want) < 1e-12 * abs(want), (rank, got, want)
@@ -69,6 +77,10 @@ def test_tensor_parallel_equals_one_process(tmp_path):
 
 def test_zero_0_equals_one_process(tmp_path):
     prove(tmp_path, dp=2, zero=0, microbatches=3)
+
+
+def test_zero_0_in_several_buckets_equals_one_process(tmp_path):
+    prove(tmp_path, dp=2, zero=0, microbatches=3, train=_train_in_small_buckets)
 
 
 def test_zero_1_equals_one_process(tmp_path):
