@@ -84,6 +84,7 @@ class Executable:
         if origin.hf is not None and origin.config is None:
             path = Path(origin.hf).expanduser().resolve()
             found.append({"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path)})
+            return [*found, {"seed": self.job.train.seed, "buffers_only": True}]  # a missing parameter is an error
         return [*found, {"seed": self.job.train.seed}]
 
     def added(self) -> dict[str, torch.Tensor]:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError, CheckpointError
+from autopar.runtime.gguf import converted
 from autopar.runtime.manifest import Manifest, ParameterEntry, StageEntry, TensorEntry
 from autopar.runtime.parameters import plain, rows_of
+from autopar.runtime.seeded import Seeded
 from autopar.runtime.sources import Chain, Files, Source
 from autopar.runtime.world import World
 from autopar.sharding.placement import local_shape
@@ -19,26 +21,24 @@ LISTED = 8  # tensors named in one message
 
 
 def source_of(folder: Path, manifest: Manifest, build: Callable[[], nn.Module] | None = None) -> Source:
-    """The sources that ``manifest.weights`` lists, in order: ``{"files": path}``, ``{"gguf": path}``, ``{"seed": n}``.
+    """The sources that ``manifest.weights`` lists; for each tensor the first that has it gives it.
 
-    Paths are relative to the folder. ``{"files"}`` and ``{"gguf"}`` take ``"ignore": [globs]``; ``{"seed"}`` needs ``build``.
+    ``{"files": path}``, ``{"gguf": path}`` (both take ``"ignore": [globs]``; paths are relative to the folder) and
+    ``{"seed": n}`` (needs ``build``; with ``"buffers_only": true`` it gives no parameters).
     """
+    seeds = [e for e in manifest.weights if "seed" in e]
+    if seeds and build is None:
+        raise AutoparError(f"{folder}: weights come from a seed: that needs `build`, a function that makes the model")
+    made = [Seeded(build, e["seed"], buffers_only=e.get("buffers_only", False)) for e in seeds if build is not None]
+    names = made[0].names if made else frozenset()
     sources: list[Source] = []
     for entry in manifest.weights:
-        if "files" in entry:
-            sources.append(Files(folder / entry["files"], entry.get("ignore", ())))
+        if "seed" in entry:
+            sources.append(made.pop(0))
+        elif "files" in entry:
+            sources.append(Files(folder / entry["files"], entry.get("ignore", ()), names))
         elif "gguf" in entry:
-            from autopar.runtime.gguf import converted
-
-            sources.append(Files(converted(folder / entry["gguf"], folder, build), entry.get("ignore", ())))
-        elif "seed" in entry:
-            if build is None:
-                raise AutoparError(
-                    f"{folder}: its weights come from a seed, which needs `build`, a function that makes the model"
-                )
-            from autopar.runtime.seeded import Seeded
-
-            sources.append(Seeded(build, entry["seed"]))
+            sources.append(Files(converted(folder / entry["gguf"], folder, build), entry.get("ignore", ()), names))
         else:
             raise AutoparError(f"{folder}/manifest.json: weights {entry} name neither files, gguf nor seed")
     if not sources:

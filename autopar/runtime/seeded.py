@@ -17,6 +17,8 @@ from autopar.sharding.placement import Placement, local
 class Seeded:
     """What the model's own initialization gives, each module with a random stream of its own.
 
+    ``buffers_only``: parameters come from elsewhere, and one that does not is missing, not random.
+
     ``build`` makes the model; it is called on the meta device, so the whole model is never held. To get a tensor, the
     module that owns it alone is made real, on the CPU and in float64 (float32 random bits differ between CPUs), and
     initialized by its ``reset_parameters()`` and then by ``_init_weights(module)`` of the nearest ancestor that has
@@ -25,12 +27,14 @@ class Seeded:
     modules that have a ``reset_parameters()`` is not seen; write it as ``_init_weights``.)
     """
 
-    def __init__(self, build: Callable[[], nn.Module], seed: int = 0):
+    def __init__(self, build: Callable[[], nn.Module], seed: int = 0, *, buffers_only: bool = False):
         self.build, self.seed = build, seed
         with torch.device("meta"):
             self.model = build()
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
-        self._shapes = {n: tuple(t.shape) for n, t in _named(self.model)}
+        self.names = frozenset(n for n, _ in _named(self.model))
+        given = self.model.named_buffers(remove_duplicate=False) if buffers_only else _named(self.model)
+        self._shapes = {n: tuple(t.shape) for n, t in given}
         self._last: tuple[str, dict[str, torch.Tensor | None]] = ("", {})
         self._made: dict[str, torch.Tensor] | None = None
 

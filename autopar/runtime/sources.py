@@ -55,11 +55,12 @@ class Tensors:
 class Files:
     """A safetensors file, or a folder of them (with or without an index), read slice by slice.
 
-    ``ignore``: globs of tensors in the files that the model need not know.
+    ``ignore``: globs of tensors in the files that the model need not know. ``model``: names that the whole model has,
+    also those that the program does not read.
     """
 
-    def __init__(self, path: str | Path, ignore: Iterable[str] = ()):
-        self.path, self.ignore = Path(path), tuple(ignore)
+    def __init__(self, path: str | Path, ignore: Iterable[str] = (), model: frozenset[str] = frozenset()):
+        self.path, self.ignore, self.model = Path(path), tuple(ignore), model
         self.where = _index(self.path)
         self._open: dict[Path, Any] = {}
 
@@ -77,7 +78,7 @@ class Files:
         return parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
 
     def unexpected(self, known: set[str]) -> list[str]:
-        foreign = [n for n in self.where if n not in known]
+        foreign = [n for n in self.where if n not in known and n not in self.model]
         return [n for n in foreign if not any(fnmatchcase(n, glob) for glob in self.ignore)]
 
     def _file(self, name: str) -> Any:

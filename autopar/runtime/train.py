@@ -62,7 +62,7 @@ def _recorded(
     try:
         engine = Engine(folder, source=source, build=build)
         Run(engine, BuildFolder.read(folder), stop).go(resume)
-    except AutoparError as error:
+    except (AutoparError, OSError) as error:  # OSError: a full disk under metrics or the token cache
         report.status(folder, "failed", message=str(error))
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"autopar: {error}", file=sys.stderr, flush=True)

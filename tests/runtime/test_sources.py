@@ -13,6 +13,7 @@ from torch import nn
 
 from autopar.errors import AutoparError, CheckpointError
 from autopar.runtime.engine import Engine
+from autopar.runtime.manifest import Manifest
 from autopar.runtime.materialize import check, source_of
 from autopar.runtime.seeded import Seeded
 from autopar.runtime.sources import Chain, Files, Tensors
@@ -103,6 +104,36 @@ def reference_on_default_dtype():
     from handmade import Reference
 
     return Reference()
+
+
+def weights_of(folder, entries):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"weights": entries}))
+    return Manifest.read(folder)
+
+
+def test_a_seed_beside_a_checkpoint_gives_buffers_but_never_a_missing_parameter(tmp_path):
+    folder = write(tmp_path / "b", plan_of())
+    state = dict(reference().state_dict())
+    state.pop("shift")
+    state["pooler.weight"] = torch.zeros(2)  # the model has it, the program does not read it
+    save_file(state, folder / "w.safetensors")
+    entries = [{"files": "w.safetensors"}, {"seed": 0, "buffers_only": True}]
+    manifest = weights_of(folder, entries)
+
+    def build():
+        model = reference_on_default_dtype()
+        model.pooler = nn.Linear(1, 2, bias=False)
+        return model
+
+    source = source_of(folder, manifest, build)
+    check(manifest, source)
+    assert source.read("shift", R, 0, 1).shape == (10,)
+    del state["head.weight"], state["pooler.weight"]
+    state["pooled.weight"] = torch.zeros(2)
+    save_file(state, folder / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: head\.weight; unknown to the model: pooled\.weight"):
+        check(manifest, source_of(folder, manifest, build))
 
 
 class Rescaling(nn.Module):
