@@ -86,6 +86,8 @@ class Measure:
         self.degree = placed.degree
         self.size = prices.precision.itemsize
         self.where: dict[Value, Placement] = {}
+        self.roots: dict[tuple[Value, Placement], tuple[Value, Placement]] = {}
+        self.moved: dict[tuple, tuple[float, float, set[fx.Node]]] | None = None
         self.times = {n: self.seconds(n) for n in self.nodes}
 
     # ---------------------------------------------------------------- basics
@@ -106,6 +108,8 @@ class Measure:
 
     def talks(self) -> dict[tuple, tuple[float, float, set[fx.Node]]]:
         """Every move of the region: (value, wanted, gradient) → seconds forward, backward, and its readers."""
+        if self.moved is not None:
+            return self.moved
         found: dict[tuple, tuple[float, float, set[fx.Node]]] = {}
         for node in self.nodes:
             s = self.placed.of(self.name, node)
@@ -116,6 +120,7 @@ class Measure:
                 if at not in found:
                     found[at] = (*self.move(v, q, g), set())
                 found[at][2].add(node)
+        self.moved = found
         return found
 
     def move(self, v: Value, q: Placement, g: Placement | None) -> tuple[float, float]:
@@ -131,6 +136,11 @@ class Measure:
 
     def root(self, v: Value, q: Placement) -> tuple[Value, Placement]:
         """The tensor whose memory a reader keeps: a moved copy, or what the value is a view of."""
+        if (v, q) not in self.roots:
+            self.roots[v, q] = self.find_root(v, q)
+        return self.roots[v, q]
+
+    def find_root(self, v: Value, q: Placement) -> tuple[Value, Placement]:
         if collective_of(self.at(v), q) not in ("none", "slice"):
             return v, q
         while is_view(v[0]) and v[0] in self.inside:

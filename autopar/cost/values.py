@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 import torch
@@ -36,16 +37,36 @@ def value(node: fx.Node) -> Value:
     return node, 0
 
 
-_READS: WeakKeyDictionary[fx.Node, tuple[Any, Any, list[Value]]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Facts:
+    """What is asked of a node again and again; valid while its arguments are the same objects."""
+
+    args: Any
+    kwargs: Any
+    reads: list[Value]
+    view: bool
+
+
+_FACTS: WeakKeyDictionary[fx.Node, _Facts] = WeakKeyDictionary()
+
+
+def _facts(node: fx.Node) -> _Facts:
+    known = _FACTS.get(node)
+    if known is None or known.args is not node.args or known.kwargs is not node.kwargs:
+        given = [value(n) for n in operands(node)]
+        known = _Facts(node.args, node.kwargs, given, _is_view(node, given))
+        _FACTS[node] = known
+    return known
 
 
 def reads(node: fx.Node) -> list[Value]:
     """The values of a node's tensor operands, in the order of `operands`."""
-    known = _READS.get(node)
-    if known is None or known[0] is not node.args or known[1] is not node.kwargs:
-        known = (node.args, node.kwargs, [value(n) for n in operands(node)])
-        _READS[node] = known
-    return known[2]
+    return _facts(node).reads
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result is (a part of) its first operand's memory, at no cost."""
+    return _facts(node).view
 
 
 def tensors(node: fx.Node) -> tuple[torch.Tensor, ...]:
@@ -76,25 +97,23 @@ def dims(v: Value) -> tuple[frozenset[str], ...]:
     return tuple(found[i]) if nested and found else tuple(found)
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's result is (a part of) its first operand's memory, at no cost."""
+def _is_view(node: fx.Node, given: list[Value]) -> bool:
     if node.op != "call_function":
         return False
     if op_name(node) in VIEWS:
         return True
-    given = operands(node)
-    if not given or len(tensors(node)) != 1 or not tensors(given[0]):
+    if not given or len(tensors(node)) != 1 or not tensors(given[0][0]):
         return False
-    if op_name(node) in ("reshape", "contiguous", "flatten") and heads_back(given[0]):
+    if op_name(node) in ("reshape", "contiguous", "flatten") and heads_back(given[0][0]):
         return True
-    return shares(tensors(node)[0], tensor(value(given[0])))
+    return shares(tensors(node)[0], tensor(given[0]))
 
 
 def heads_back(node: fx.Node) -> bool:
     """Whether a value is a fused attention's output with heads and sequence swapped back. Kernels lay their output out like
     the queries, so that this is contiguous; traced on the meta device it does not look so."""
     while node.op == "call_function" and op_name(node) in ("reshape", "contiguous", "view", "transpose"):
-        node = operands(node)[0]
+        node = reads(node)[0][0]
     return node.op == "call_function" and "attention" in op_name(node)
 
 
@@ -109,16 +128,16 @@ def shares(a: torch.Tensor, b: torch.Tensor) -> bool:
 def parameter(v: Value) -> fx.Node | None:
     """The parameter placeholder a value is a view of, or None."""
     node = v[0]
-    while is_view(node) and operands(node):
-        node = value(operands(node)[0])[0]
+    while is_view(node) and reads(node):
+        node = reads(node)[0][0]
     return node if node.op == "placeholder" and node.meta.get("kind") == "parameter" else None
 
 
 def stored(v: Value) -> bool:
     """Whether a value is a view of a parameter, a buffer or a constant: no activation."""
     node = v[0]
-    while is_view(node) and operands(node):
-        node = value(operands(node)[0])[0]
+    while is_view(node) and reads(node):
+        node = reads(node)[0][0]
     return node.op == "placeholder" and node.meta.get("kind") in ("parameter", "buffer", "constant")
 
 

@@ -73,8 +73,6 @@ class Blocks:
     shared_bytes: float
     cuts: Array
     loose: tuple[tuple[Held, frozenset[int]], ...]
-    gather: Array
-    reduce: Array
     weight_share: float = 0.0  # of the backward: gradients of weights, which some schedules compute later
 
 
@@ -97,13 +95,9 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     forward = row(lambda r: r.forward + r.forward_talk)
     backward = row(lambda r: r.backward_input + r.backward_weight + r.backward_talk)
     talk = row(lambda r: r.forward_talk + r.backward_talk)
-    gather = np.array([collective.gather(p.compute.itemsize * h.all, link) for h in holds]) if dp > 1 else np.zeros(n)
-    times = 2 if zero == 0 else 1
-    reduce = (
-        np.array([times * collective.gather(p.reduce.itemsize * h.trained, link) if h.trained else 0.0 for h in holds])
-        if dp > 1
-        else np.zeros(n)
-    )
+    trained, frozen = np.array([h.trained for h in holds], float), np.array([h.frozen for h in holds], float)
+    gather = line(lambda x: collective.gather(x, link), p.compute.itemsize * (trained + frozen))
+    reduce = (1 if zero else 2) * line(lambda x: collective.gather(x, link), p.reduce.itemsize * trained)
     if zero == 3 and dp > 1:
         extra_f, extra_b = np.maximum(0, gather - forward), np.maximum(0, gather + reduce - backward)
     elif zero == 2 and dp > 1:
@@ -120,8 +114,8 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
         again=level(lambda r: r.again),
         again_talk=level(lambda r: r.again_talk),
         working=working,
-        trained=np.array([h.trained for h in holds], float),
-        frozen=np.array([h.frozen for h in holds], float),
+        trained=trained,
+        frozen=frozen,
         partial=np.array([h.partial for h in holds], float),
         first=profile.outer.get(BEFORE, Region()),
         last=last,
@@ -129,8 +123,6 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
         shared_bytes=profile.shared_bytes,
         cuts=np.array(profile.cuts, float),
         loose=profile.loose,
-        gather=gather,
-        reduce=reduce,
         weight_share=sum(r.backward_weight for r in regions) / max(float(backward.sum()), 1e-30) if n else 0.0,
     )
 

@@ -17,7 +17,7 @@ from autopar.plan.plan import MeshShape, Plan
 from autopar.solve.assignment import Assignment, from_choices, replicated
 from autopar.solve.blocks import BEFORE, Held, Profile, profile
 from autopar.solve.formulation import assign
-from autopar.solve.pipeline import Candidate, Setting
+from autopar.solve.pipeline import Blocks, Candidate, Setting, blocks
 from autopar.solve.space import divisors
 from autopar.solve.stages import sharding_of, walk
 from autopar.spec.job import Job
@@ -54,6 +54,8 @@ class Source:
         self.sums: dict[tuple[int, str, int], Totals] = {}
         self.most: dict[tuple[int, str], int] = {}
         self.cuts: dict[tuple, tuple[float, list[tuple[int, int]]]] = {}
+        self.rows: dict[tuple[int, str, int], tuple[list[float], float, float]] = {}
+        self.ready: dict[tuple, Blocks] = {}
         self.least_batch = job.pins.microbatch or 1
         self.calls = len(self.static(self.least_batch).calls())
 
@@ -149,9 +151,21 @@ class Source:
 
     def times(self, c: Candidate) -> tuple[list[float], float, float]:
         """Seconds of every block, of what is before the first and after the last, forward and backward."""
-        made = self.profile(c)
-        blocks = [taken(made.regions[k]) + taken(made.outer.get(i, Region())) for i, k in enumerate(made.kinds)]
-        return blocks, taken(made.outer.get(BEFORE, Region())), taken(made.outer.get(self.calls, Region()))
+        key = (c.mesh.tp, c.variant, c.microbatch)
+        if key not in self.rows:
+            made = self.profile(c)
+            each = {k: taken(r) for k, r in made.regions.items()}
+            blocks = [each[k] + (taken(made.outer[i]) if i in made.outer else 0.0) for i, k in enumerate(made.kinds)]
+            first, last = (taken(made.outer.get(k, Region())) for k in (BEFORE, self.calls))
+            self.rows[key] = blocks, first, last
+        return self.rows[key]
+
+    def blocks(self, c: Candidate) -> Blocks:
+        """The candidate's blocks; schedules and their cuts share them."""
+        key = (c.mesh, c.variant, c.microbatch, c.zero)
+        if key not in self.ready:
+            self.ready[key] = blocks(self.profile(c), c, self.setting)
+        return self.ready[key]
 
     def even(self, c: Candidate) -> tuple[float, list[tuple[int, int]]]:
         """The cuts that make the longest stage as short as can be, and with them the time of a step, whatever ZeRO and

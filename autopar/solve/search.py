@@ -13,7 +13,7 @@ from autopar.ir.program import Program
 from autopar.plan.plan import Plan, PlanDocument
 from autopar.solve import report, shortage
 from autopar.solve.outcome import Outcome, outcome, settle
-from autopar.solve.pipeline import Candidate, Setting, blocks
+from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import PROMISE, Source, setting_of
 from autopar.solve.space import candidates, check_batch, meshes
 from autopar.solve.stages import Cutter
@@ -59,7 +59,7 @@ class Search:
 
     def look(self, candidate: Candidate) -> None:
         """Cut, and if that promises to be better than the best so far, run the schedule."""
-        cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
+        cutter = Cutter(self.source.blocks(candidate), candidate, self.setting)
         value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
         limit = float("inf") if self.best is None else self.best.seconds
         if not spans or PROMISE * value >= limit * (1 - CLOSE):
@@ -142,7 +142,7 @@ def plan_outcome(source: Source, setting: Setting, plan: Plan) -> Outcome:
 
     variant = source.adopt(plan)
     c = Candidate(plan.mesh, plan.zero, plan.microbatch, plan.microbatches, plan.schedule, plan.virtual_stages, variant)
-    cutter = Cutter(blocks(source.profile(c), c, setting), c, setting)
+    cutter = Cutter(source.blocks(c), c, setting)
     spans = [(s.blocks[0], s.blocks[1] + 1) for s in plan.stages]
     modes = [tuple(RECOMPUTE.index(r) for r in s.recompute) or (0,) * (j - i) for s, (i, j) in zip(plan.stages, spans, strict=True)]  # noqa: E501
     return outcome(cutter, spans, modes)

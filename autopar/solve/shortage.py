@@ -11,7 +11,7 @@ from autopar.cost.regions import RECOMPUTE
 from autopar.errors import PlanError
 from autopar.plan.plan import Bytes
 from autopar.solve.outcome import devices
-from autopar.solve.pipeline import Candidate, Setting, blocks
+from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import Source
 from autopar.solve.space import candidates, meshes
 from autopar.solve.stages import Cutter, walk
@@ -35,7 +35,7 @@ class Need:
 
 def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
     """The smallest device memory that a candidate could run with; None if it cannot be cut at all."""
-    cutter = Cutter(blocks(source.profile(candidate), candidate, setting), candidate, setting)
+    cutter = Cutter(source.blocks(candidate), candidate, setting)
     n, stages = cutter.n, candidate.stages
     if stages > max(1, n) or candidate.virtual > 1:
         return None

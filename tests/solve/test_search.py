@@ -12,7 +12,6 @@ from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.program import Program
 from autopar.plan.plan import PlanDocument
 from autopar.solve.outcome import outcome
-from autopar.solve.pipeline import blocks
 from autopar.solve.search import evaluate, ordered, prepared, solve
 from autopar.solve.stages import Cutter
 from autopar.spec.job import Job
@@ -42,7 +41,7 @@ def test_the_search_finds_what_trying_everything_finds(devices: int, gib: float)
     source, setting, batch = prepared(program, machine, asked)
     best = float("inf")
     for _, c in ordered(source, setting, batch, asked.pins):
-        cutter = Cutter(blocks(source.profile(c), c, setting), c, setting)
+        cutter = Cutter(source.blocks(c), c, setting)
         for cut in itertools.combinations(range(1, 3), c.stages - 1):
             spans = list(itertools.pairwise((0, *cut, 3)))
             for modes in itertools.product(range(3), repeat=3):
@@ -112,7 +111,7 @@ def test_the_same_job_gives_the_same_plan() -> None:
 
 def test_more_memory_is_never_slower_and_less_is_never_faster() -> None:
     program = gpt(layers=8)
-    times = [plan(program, tight(g)).cost.step_seconds for g in (1.5, 2.0, 3.0, 6.0, 12.0, 80.0)]
+    times = [plan(program, tight(g)).cost.step_seconds for g in (0.4, 0.5, 0.7, 1.0, 1.5, 80.0)]
     assert all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(times))
     assert times[0] > times[-1]
 
