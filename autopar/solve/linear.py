@@ -42,7 +42,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Solution:
-    """Values, objective, proved lower bound, and whether the relaxation alone was integral."""
+    """Values (of the integer variables; 0 for others), objective, proved lower bound, whether the relaxation was integral."""
 
     values: list[float]
     objective: float
@@ -67,12 +67,19 @@ def run(problem: Linear, seconds: float, *, relax: bool) -> Solution:
     scale = max(problem.cost, default=1.0) or 1.0
     model = mathopt.Model.from_model_proto(proto(problem, scale, relax))
     parameters = mathopt.SolveParameters(time_limit=timedelta(seconds=max(seconds, 0.1)))
-    done = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+    wanted = [v for v, i in zip(model.variables(), problem.integer, strict=True) if i]
+    only = mathopt.ModelSolveParameters(
+        variable_values_filter=mathopt.VariableFilter(filtered_items=wanted),
+        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
+        reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]),
+    )
+    done = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters, model_params=only)
     if not done.has_primal_feasible_solution():
         reason = done.termination.reason.name.lower()
         raise PlanError(f"no assignment of strategies was found: the solver says {reason} after {seconds:.0f} s")
-    by_id = {v.id: x for v, x in done.variable_values().items()}
-    values = [by_id[i] for i in range(len(problem.cost))]
+    values = [0.0] * len(problem.cost)
+    for v, x in done.variable_values().items():
+        values[v.id] = x
     return Solution(values, done.objective_value() * scale, done.best_objective_bound() * scale, relax)
 
 

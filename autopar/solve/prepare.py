@@ -31,12 +31,14 @@ PROMISE = 0.99  # equation (1) of `stages` may be above the schedule's own time 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a profile: seconds of one micro-batch, elements, and bytes saved with everything recomputed."""
+    """Sums over a profile: seconds of one micro-batch, of the shortest block, elements, bytes saved with everything
+    recomputed; and the bytes that the hungriest part needs by itself while it runs."""
 
     seconds: float
     block: float
     held: Held
     saved: float
+    alone: float
 
 
 class Source:
@@ -119,7 +121,10 @@ class Source:
         made = self.totals(c.mesh.tp, c.variant, self.least_batch)
         pp = c.mesh.pp
         held = states(sharding_of(c, self.setting), made.held.trained / pp, made.held.frozen / pp, 0.0, 0.0)
-        saved = made.saved * c.microbatch / self.least_batch / pp
+        scale = c.microbatch / self.least_batch
+        saved = made.saved * scale / pp
+        if made.alone * scale > self.setting.limit:
+            return False
         return held.parameters + held.gradients + held.optimizer + saved <= self.setting.limit
 
     def least(self, c: Candidate) -> float:
@@ -145,7 +150,8 @@ class Source:
         if (tp, variant) not in self.most:
             saved = self.totals(tp, variant, self.least_batch).saved
             pp = max(1, min(self.cluster.devices // tp, self.calls))
-            fits = [b for b in divisors(self.job.batch.sequences) if saved * b / pp <= self.setting.limit]
+            need = max(saved / pp, self.totals(tp, variant, self.least_batch).alone)
+            fits = [b for b in divisors(self.job.batch.sequences) if need * b <= self.setting.limit]
             self.most[tp, variant] = max(fits, default=1)
         return self.most[tp, variant]
 
@@ -215,7 +221,10 @@ def totals(made: Profile) -> Totals:
     for h, _ in made.loose:
         held = held + h
     blocks = [taken(made.regions[k]) for k in made.kinds]
-    return Totals(sum(map(taken, regions)), min(blocks, default=0.0), held, sum(r.saved[2] for r in regions))
+    saved = sum(r.saved[2] for r in regions)
+    alone = [r.saved[0] + r.working[0] for r in made.outer.values()]
+    alone += [min(s + w for s, w in zip(r.saved, r.working, strict=True)) for r in made.regions.values()]
+    return Totals(sum(map(taken, regions)), min(blocks, default=0.0), held, saved, max(alone, default=0.0))
 
 
 def taken(r: Region) -> float:
