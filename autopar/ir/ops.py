@@ -49,13 +49,56 @@ class Embedding:
     ids: fx.Node
 
 
-def view(node: fx.Node) -> Linear | Embedding | None:
+@dataclass(frozen=True)
+class Norm:
+    """A native norm over the last dims of ``x``; ``kind`` is layer_norm or rms_norm."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``softmax(scale · query @ key.T + mask) @ value``, fused.
+
+    query (…, heads, length, width), key and value (…, kv_heads, keys, width); mask broadcasts to (…, heads, length, keys):
+    boolean (True: seen) or added. ``scale`` None is 1/√width. ``grouped``: each key head serves heads / kv_heads queries.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    dropout: float
+    causal: bool
+    scale: float | None
+    grouped: bool
+
+
+def view(node: fx.Node) -> Linear | Embedding | Norm | Attention | None:
     """What a call is, if it is something passes know."""
     if node.op != "call_function":
         return None
-    args: Any = node.args
     if node.target is aten.linear.default:
-        return Linear(node, args[0], args[1], args[2] if len(args) > 2 else node.kwargs.get("bias"))
+        return Linear(node, argument(node, 0), argument(node, 1), argument(node, 2))
     if node.target is aten.embedding.default:
-        return Embedding(node, args[0], args[1])
+        return Embedding(node, argument(node, 0), argument(node, 1))
+    if node.target is aten.layer_norm.default:
+        return Norm(node, argument(node, 0), argument(node, 2), argument(node, 3), "layer_norm")
+    if node.target is aten.rms_norm.default:
+        return Norm(node, argument(node, 0), argument(node, 2), None, "rms_norm")
+    if node.target is aten.scaled_dot_product_attention.default:
+        return Attention(node, *(argument(node, i) for i in range(8)))
     return None
+
+
+def argument(node: fx.Node, index: int) -> Any:
+    """Argument ``index`` of an operator's schema: as given by position or name, else its default."""
+    known = node.target._schema.arguments[index]  # type: ignore[union-attr]
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs[known.name] if known.name in node.kwargs else known.default_value

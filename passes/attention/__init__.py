@@ -1,0 +1,1 @@
+"""Passes that replace written-out attention by fused operators."""
