@@ -11,21 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from autopar.errors import CheckpointError, RuntimeFault
 from autopar.runtime import materialize
-from autopar.runtime.parameters import Held, Piece
+from autopar.runtime.parameters import Held
+from autopar.runtime.pieces import Pieces
 
 if TYPE_CHECKING:
     from autopar.runtime.engine import Engine
@@ -33,49 +28,6 @@ if TYPE_CHECKING:
 KEEP = 2  # checkpoints kept: the newest, and one to go back to
 STATE = "state.json"
 LATEST = "latest"
-
-
-class Pieces(torch.Tensor):
-    """A whole tensor of which this rank has some rectangles; `torch.distributed.checkpoint` saves and fills those.
-
-    The protocol is DCP's own (``__create_write_items__`` and so on). Rectangles with the same offset on several ranks
-    are the same data: DCP writes one of them.
-    """
-
-    pieces: list[tuple[torch.Size, torch.Tensor]]
-
-    @staticmethod
-    def __new__(cls, shape: tuple[int, ...], like: torch.Tensor, pieces: list[Piece]) -> Pieces:
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
-        made.pieces = [(torch.Size(o), t) for o, t in pieces if t.numel()]
-        return made
-
-    def __init__(self, *args: Any):
-        pass
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(f"{func} on a tensor that is only in pieces here")
-
-    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, offset),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offset, held.size()),
-                    properties=TensorProperties.create_from_tensor(held),
-                    size=self.size(),
-                ),
-            )
-            for offset, held in self.pieces
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offset, held.size()) for offset, held in self.pieces]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return next(held for offset, held in self.pieces if offset == index.offset)
 
 
 def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Path:
@@ -89,7 +41,7 @@ def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Pat
     _on_first(engine, lambda: _fresh(partial))
     try:
         with _quiet():
-            dcp.save(dict(_tensors(engine, engine.held)), checkpoint_id=partial, no_dist=world.mesh is None)
+            write_shards(dict(_tensors(engine, engine.held)), checkpoint_id=partial, no_dist=world.mesh is None)
     except CheckpointException as error:  # raised on every rank when any fails
         _on_first(engine, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise RuntimeFault(
@@ -113,7 +65,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: holds the state of {state['optimizer']}, the job's optimizer is {ours}")
     _check(folder, metadata, _expected(engine))
     with _quiet():
-        dcp.load(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
+        read_shards(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
     _copy_tied(engine)
     engine.optimizer.updates = state["step"]
     for held, moments in zip(engine.optimizer.held, engine.optimizer.state, strict=True):
@@ -178,7 +130,7 @@ def _check(folder: Path, metadata: Metadata, wanted: dict[str, tuple[int, ...]])
 
 def _metadata(folder: Path) -> Metadata:
     try:
-        return dcp.FileSystemReader(folder).read_metadata()
+        return FileSystemReader(folder).read_metadata()
     except Exception as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({_cause(error)})") from None
 

@@ -73,7 +73,7 @@ def all_reduce(tensors: list[torch.Tensor], group: dist.ProcessGroup | None) -> 
 def norm(held: Iterable[Held], world: World) -> float:
     """The L2 norm of the whole model's gradient: every element counted once, on the rank that owns it."""
     grads = [g for h in held if h.owned and (g := h.grad) is not None]
-    norms = torch.stack([n.double() for n in torch._foreach_norm(grads)]) if grads else torch.zeros(1)
+    norms = torch.stack([n.double() for n in torch._foreach_norm(grads)]) if grads else torch.zeros(1)  # type: ignore[attr-defined]
     return world.sum(float(norms.square().sum()))[0] ** 0.5
 
 
@@ -83,4 +83,4 @@ def clip(held: list[Held], largest: float, total: float) -> None:
     factor = largest / (total + EPSILON)
     grads = [g for h in held if (g := h.grad) is not None]
     if factor < 1 and grads:
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(grads, factor)  # type: ignore[attr-defined]

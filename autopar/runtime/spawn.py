@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from autopar.errors import AutoparError, RuntimeFault
 from autopar.runtime.world import lost
@@ -58,7 +59,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=FileStore(store, ranks), rank=rank, world_size=ranks)
     try:
         pipe.send_bytes(pickle.dumps(("done", function(*args))))  # plain bytes: torch would share memory
     except AutoparError as error:
@@ -82,6 +83,8 @@ def _collect(pipes: list[Connection], processes: list[ForkServerProcess], timeou
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting[pipe]
+            kind: str
+            value: Any
             try:
                 kind, value = pickle.loads(pipe.recv_bytes())
             except EOFError:

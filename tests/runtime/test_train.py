@@ -30,9 +30,10 @@ from autopar.runtime.engine import Engine
 from autopar.runtime.train import main
 
 step = Engine.step
+first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 def told(self, batch):
-    if os.environ.get("DIE") == f"{os.environ['RANK']}/{self.optimizer.updates}":
+    if os.environ.get("DIE") == f"{os.environ['RANK']}/{self.optimizer.updates}" and first_attempt:
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("RAISE") == f"{os.environ['RANK']}/{self.optimizer.updates}":
         raise ValueError("told to")
@@ -140,3 +141,13 @@ def test_wrong_input_ends_with_status_2_and_one_message(tmp_path, capfd):
     assert len(lines) == 1, lines
     assert "missing: head.weight" in lines[0] and "unknown to the model: other" in lines[0]
     assert "blocks.0.up.weight is 3 × 3, the model needs 12 × 10" in lines[0]
+
+
+def test_torchrun_alone_restarts_after_a_death_and_ends_with_the_same_losses(whole, tmp_path):
+    """``torchrun --max-restarts`` with gloo: the second attempt must not read the addresses of the first."""
+    folder = build(tmp_path / "build")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(folder / "train.py"), "--resume"]
+    done = subprocess.run(command, env={**os.environ, "DIE": "0/3"}, timeout=90, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(folder) == losses(whole)
