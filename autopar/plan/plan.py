@@ -142,6 +142,37 @@ class RunnerUp(Frozen):
     peak_bytes: int
 
 
+class Sparse(Frozen):
+    """Data that stands many times in a plan: fields at their defaults are left out of the JSON."""
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {name: value for name, value in handler(self).items() if getattr(self, name) != fields[name].default}
+
+
+class Read(Sparse):
+    """One tensor operand of a node: who makes it, the collectives that bring it (and its gradient) along tp, and their
+    seconds. Readers of one value that want the same share one move: each states it, it is paid once."""
+
+    node: str
+    forward: str = "none"
+    backward: str = "none"
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+
+
+class NodeFacts(Sparse):
+    """One node for one micro-batch on one device. ``reads`` is in the order of its choice's ``inputs`` (of a block's call:
+    without the parameters); ``type`` as in a program's text, ``f32[2, 16, 64]``; seconds of computing alone."""
+
+    op: str = ""
+    type: str = ""
+    reads: tuple[Read, ...] = ()
+    forward: float = 0.0
+    backward: float = 0.0
+
+
 class PlanDocument(Frozen):
     """The JSON of a plan: `autopar plan --json` and `plan.json` in a build folder."""
 
@@ -151,4 +182,9 @@ class PlanDocument(Frozen):
     search: Search
     runners_up: tuple[RunnerUp, ...] = ()
     binding: tuple[str, ...] = ()
+    title: str = ""  # the model, as the job names it
+    cluster: str = ""  # the cluster, as the job names it
+    memory_limit: int = 0  # bytes that the plan may use on one device; 0: not known
+    rank_bytes: tuple[Bytes, ...] = ()  # of every pp rank at its peak; empty: only the fullest is known (`cost.bytes`)
+    nodes: dict[str, dict[str, NodeFacts]] = {}  # graph name → node name → what `view` and `explain --why` tell of it
     version: str = VERSION
