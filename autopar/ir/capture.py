@@ -237,12 +237,14 @@ def traced_function(capture: Capture, original: Any) -> Any:
         template = tuple(Slot(next(places)) if isinstance(a, torch.Tensor) else a for a in args)
         if not all(isinstance(a, (Slot, *PLAIN)) for a in template):
             raise TraceError(f"{cls.__module__}.{cls.__qualname__}.apply: arguments must be tensors or plain values")
+        context = Context()
         with disable_proxy_modes_tracing(), torch.no_grad(), Seen() as seen:
-            result = cls.forward(Context(), *args)  # type: ignore[attr-defined]
+            result = cls.forward(context, *args)  # type: ignore[attr-defined]
         single = isinstance(result, torch.Tensor)
         outputs = (result,) if single else tuple(result)
         key = f"f{len(capture.functions)}"
-        capture.functions[key] = CustomFunction(cls, template, single, seen.pointwise and single)
+        pointwise = single and seen.pointwise and backward_is_pointwise(cls, context, result)
+        capture.functions[key] = CustomFunction(cls, template, single, pointwise)
         grad = any(t.requires_grad for t in tensors)
         markers.RECORDED[key] = Outputs(outputs, tuple(grad and o.is_floating_point() for o in outputs))
         values = torch.ops.autopar.function(tensors, key)
@@ -252,11 +254,27 @@ def traced_function(capture: Capture, original: Any) -> Any:
 
 
 class Context:
-    """Stands in for the autograd context while only a function's outputs are wanted."""
+    """Stands in for the autograd context while a function's outputs and kind are wanted."""
 
-    def save_for_backward(self, *tensors: Any) -> None: ...
+    def __init__(self) -> None:
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.needs_input_grad = (True,) * 16
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
     def mark_non_differentiable(self, *tensors: Any) -> None: ...
     def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def backward_is_pointwise(cls: Any, context: Context, output: torch.Tensor) -> bool:
+    """Whether a function's backward does pointwise work only; one that cannot be run alone counts as not."""
+    try:
+        with disable_proxy_modes_tracing(), torch.no_grad(), Seen() as seen:
+            cls.backward(context, torch.empty_like(output))
+    except Exception:
+        return False
+    return seen.pointwise
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):
@@ -267,7 +285,8 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         self.pointwise = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.pointwise &= torch.Tag.pointwise in func.tags or func.namespace == "prim"
+        harmless = func.namespace == "prim" or func is torch.ops.aten.empty_like.default
+        self.pointwise &= torch.Tag.pointwise in func.tags or harmless
         return func(*args, **(kwargs or {}))
 
 

@@ -102,10 +102,10 @@ def rules() -> Mapping[Any, Rule]:
 
 @cache
 def find(target: Any) -> Rule | None:
-    """The rule of an operator: its own (by name, too), else of one of its tags, else of what it does in place."""
+    """The rule of an operator: its own (by name or type, too), else of one of its tags, else of what it does in place."""
     known = rules()
     if target in known or not isinstance(target, torch._ops.OpOverload):
-        return known.get(target)
+        return known.get(target) or known.get(type(target))
     named = known.get(target._schema.name) or next((known[t] for t in target.tags if t in known), None)
     return named or find(_functional(target))
 
