@@ -74,7 +74,9 @@ def _verdict(folder: Path, code: int, interrupted: bool, failures: list[dict[str
     if interrupted or found["state"] == "interrupted":
         return 130
     if found["state"] == "failed":
-        return 2  # the message was printed by rank 0
+        if found["rank"] != 0:  # rank 0 has printed its own
+            print(f"autopar: rank {found['rank']}: {found['message']}", file=sys.stderr)
+        return 2
     print(f"autopar: {_blame(failures, code)}; {_advice(folder)}", file=sys.stderr)
     return 1
 

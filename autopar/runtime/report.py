@@ -99,6 +99,13 @@ def status(folder: Path, state: str, **details: Any) -> None:
     replace(folder / STATUS, json.dumps({"state": state, **details}))
 
 
+def failed(folder: Path, rank: int, message: str) -> None:
+    """The user's input is wrong, says a rank. Rank 0 prints its own message; of the others the first word counts."""
+    path = folder / STATUS
+    if rank == 0 or not path.exists() or json.loads(path.read_text())["state"] != "failed":
+        status(folder, "failed", rank=rank, message=message)
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file so that it is never seen half-written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -63,8 +63,9 @@ def _recorded(
         engine = Engine(folder, source=source, build=build)
         Run(engine, BuildFolder.read(folder), stop).go(resume)
     except (AutoparError, OSError) as error:  # OSError: a full disk under metrics or the token cache
-        report.status(folder, "failed", message=str(error))
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        report.failed(folder, rank, str(error))
+        if rank == 0:
             print(f"autopar: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as error:

@@ -26,6 +26,7 @@ train: {steps: 6, clip: 1.0, seed: 3, checkpoint_every: 2}
 TRAIN = '''"""Trains this folder; can be told to let a rank die or to be slow."""
 import os, signal, time
 from pathlib import Path
+from autopar.errors import AutoparError
 from autopar.runtime.engine import Engine
 from autopar.runtime.train import main
 
@@ -37,6 +38,8 @@ def told(self, batch):
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("RAISE") == f"{os.environ['RANK']}/{self.optimizer.updates}":
         raise ValueError("told to")
+    if os.environ.get("WRONG") == f"{os.environ['RANK']}/{self.optimizer.updates}":
+        raise AutoparError("told to be wrong")
     time.sleep(float(os.environ.get("SLOW", 0)))
     return step(self, batch)
 
@@ -107,6 +110,13 @@ def test_a_rank_that_raises_is_the_one_that_is_named(tmp_path, monkeypatch, capf
     assert launch.run(folder) == 1
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("autopar: rank 1 failed (ValueError: told to)") and "no checkpoint yet" in message
+
+
+def test_input_that_only_one_rank_finds_wrong_is_reported_too(tmp_path, monkeypatch, capfd):
+    folder = build(tmp_path / "build")
+    monkeypatch.setenv("WRONG", "1/1")
+    assert launch.run(folder) == 2
+    assert capfd.readouterr().err.strip().splitlines()[-1] == "autopar: rank 1: told to be wrong"
 
 
 def test_ctrl_c_saves_stops_with_130_and_resumes(whole, tmp_path):
