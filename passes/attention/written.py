@@ -18,6 +18,9 @@ RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, 
 SAME = {aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default}
 """Operators that leave every value what it is, rounding apart."""
 
+ABSORBS = -1e30
+"""Added to a float64 of at most 1e13, a number this low is the sum: half of float64's 53 bits reach no further down."""
+
 
 class UnlikeError(Exception):
     """This is no attention that the fused operator can express: why."""
@@ -168,8 +171,8 @@ def whole(node: Any, result: fx.Node) -> bool:
 
 
 def hides(value: Any, node: fx.Node) -> bool:
-    """Whether a number added to a score, too, leaves nothing of it: −∞, or lower than any score by far."""
-    return number(value) and value <= torch.finfo(node.meta["val"].dtype).min
+    """Whether adding a number leaves as little of a score as putting it in its place: it is −∞ or lower than any score."""
+    return number(value) and (value <= ABSORBS or value <= torch.finfo(node.meta["val"].dtype).min)
 
 
 def number(value: Any) -> bool:

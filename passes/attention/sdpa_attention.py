@@ -1,0 +1,52 @@
+"""sdpa_attention: written-out attention becomes torch's fused operator."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import fx
+
+from autopar.ir.causal import causal_masks
+from autopar.ir.program import Program
+from autopar.ir.rewrite import Numerics, Pass
+from autopar.ir.unread import sweep
+from passes.attention.fused import fuse
+from passes.attention.written import SOFTMAX, UnlikeError, read
+
+
+class SdpaAttention(Pass):
+    """``softmax(scale · q @ k.T + mask) @ v`` → `aten.scaled_dot_product_attention`.
+
+    Finds matmul, bmm and baddbmm, scale anywhere, additive and filled-in masks, ALiBi, repeated key heads, dropout. A mask that is
+    exactly causal becomes a flag, any other is computed once for all blocks that share it. What the operator cannot
+    express (a soft cap, attention weights that are read elsewhere) stays, with a line in the program's history.
+    """
+
+    name: ClassVar[str] = "sdpa_attention"
+    numerics: ClassVar[Numerics] = Numerics.CLOSE
+
+    def rewrite(self, program: Program) -> None:
+        to_sdpa(program, self.name)
+
+
+def to_sdpa(program: Program, who: str) -> None:
+    """Replace every core that the operator can express; say which are left, and why."""
+    sweep(program)  # attention weights that nobody reads must not count as read
+    for name, graph in list(program.graphs()):
+        for node in [n for n in graph.nodes if n.op == "call_function" and n.target in SOFTMAX]:
+            replace(program, name, graph, node, who)
+        for node in reversed(list(graph.nodes)):
+            if node.op == "call_function" and not node.users:
+                graph.erase_node(node)
+    causal_masks(program)
+    sweep(program)
+
+
+def replace(program: Program, name: str, graph: fx.Graph, softmax: fx.Node, who: str) -> None:
+    try:
+        core = read(softmax)
+        if core is not None:
+            fuse(program, name, graph, core)
+    except UnlikeError as why:
+        place = ".".join(filter(None, (name, softmax.meta.get("path", ""))))
+        program.history.append(f"{who}: attention in {place} is left as written: {why}")
