@@ -1,0 +1,1 @@
+"""The parts of a plan's HTML page: one file, one section."""

@@ -1,0 +1,123 @@
+"""The annotated program: every node with its placements, its moves and its seconds; a block once, with its count."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from autopar.plan.page.html import Child, Markup, section, tag
+from autopar.plan.page.source import Graph, Line, graphs
+from autopar.plan.plan import PlanDocument, Read
+from autopar.spec.quantity import show_seconds
+
+STORED = ("parameter", "buffer", "constant")
+FOLDED = 6  # so many parameters or calls in a row are folded into one line
+
+
+def program(document: PlanDocument, text: str | None) -> Markup:
+    found = graphs(document, text)
+    if not found:
+        return section("program", "Program", "The plan holds no node's placement: nothing is split.")
+    priced = bool(document.nodes)
+    note = (
+        f"Every node once, for one micro-batch{'' if not priced else ', with its seconds forward and backward on one device'}. "
+        "Badges are placements along tp: R whole on every device, S(d) split along dim d, P a partial sum."
+    )
+    tools = tag(
+        "div",
+        tag("input", type="search", placeholder="find a node, an operator, a placement", data_filter="program", aria_label="find a node"),
+        tag("button", "fold all", type="button", data_fold="program"),
+        cls="tools",
+    )
+    return section("program", "Program", note, tools, [_graph(graph, priced) for graph in found])
+
+
+def _graph(graph: Graph, priced: bool) -> Markup:
+    times = f" × {graph.count}" if graph.name != "program" and graph.count else ""
+    took = sum(line.seconds for line in graph.lines)
+    about = f"{len(graph.lines)} nodes" + (f", {show_seconds(took)} of compute" + (" each" if times else "") if took else "")
+    most = max((line.seconds for line in graph.lines), default=0.0)
+    made = {line.name: line for line in graph.lines}
+    rows: list[Child] = []
+    for kind, run in groupby(graph.lines, key=_fold_key):
+        lines = list(run)
+        body = [_line(line, made, most, priced) for line in lines]
+        rows.append(_folded(kind, lines, body) if kind and len(lines) >= FOLDED else body)
+    if graph.returns:
+        rows.append(tag("div", tag("code", graph.returns), cls="node returns"))
+    head = tag("summary", tag("b", graph.name), tag("span", times, cls="times"), tag("span", about, cls="muted"))
+    return tag("details", head, tag("div", rows, cls="nodes"), open=True, cls="graph", data_graph=graph.name)
+
+
+def _fold_key(line: Line) -> str:
+    if line.kind in STORED:
+        return "stored"
+    return "calls" if line.kind in ("call", "item") else ""
+
+
+def _folded(kind: str, lines: list[Line], body: list[Markup]) -> Markup:
+    if kind == "calls":
+        names = [line.code.split("(", 1)[0] for line in lines if line.kind == "call"]
+        text = ", ".join(f"{len(list(run))} calls of {name}" for name, run in groupby(names)) if len(set(names)) < 6 else f"{len(names)} calls"
+    else:
+        kinds = [line.kind for line in lines]
+        text = ", ".join(f"{kinds.count(k)} {k}{'s' * (kinds.count(k) > 1)}" for k in STORED if k in kinds)
+    return tag("details", tag("summary", text), body, cls=f"run {kind}")
+
+
+def _line(line: Line, made: dict[str, Line], most: float, priced: bool) -> Markup:
+    left = tag("code", tag("span", f"%{line.name}", cls="name"), Markup(" = "), _code(line.code)) if line.code else tag("code", tag("span", f"%{line.name}", cls="name"))  # noqa: E501
+    moved = [_move(line, i, read, made) for i, read in enumerate(line.reads)]
+    placed = line.choice
+    badges = [badge(p) for p in placed.outputs] if placed else None
+    special = tag("span", placed.special, cls="special") if placed and placed.special else None
+    cells = [
+        tag("div", left, moved, cls="what"),
+        tag("div", line.type, cls="type"),
+        tag("div", badges, special, cls="badges", title=strategy(line)),
+    ]
+    if priced:
+        cells.append(tag("div", _took(line, most), cls="took"))
+    return tag("div", cells, cls=f"node {line.kind}", data_node=line.name)
+
+
+def strategy(line: Line) -> str | None:
+    """``R,S(0) -> S(2)``: the whole strategy of a node."""
+    if line.choice is None:
+        return None
+    outputs = ", ".join(line.choice.outputs)
+    return f"{', '.join(line.choice.inputs)} → {outputs}" if line.choice.inputs else outputs
+
+
+def badge(placement: str) -> Markup:
+    kind = placement[:1]
+    return tag("span", placement, cls=f"badge {kind if kind in 'RSP' else 'other'}")
+
+
+def _code(code: str) -> Child:
+    """The operator stands out from its arguments."""
+    cut = min((i for i in (code.find("("), code.find(" ")) if i >= 0), default=len(code))
+    return [tag("span", code[:cut], cls="op"), tag("span", code[cut:], cls="args")]
+
+
+def _move(line: Line, position: int, read: Read, made: dict[str, Line]) -> Markup | None:
+    """What an operand goes through before the node reads it, where it is not wanted as it is made."""
+    source = made.get(read.node)
+    wanted = line.choice.inputs[position] if line.choice and len(line.choice.inputs) == len(line.reads) else ""
+    have = source.choice.outputs[0] if source and source.choice and source.choice.outputs else ""
+    if line.kind in ("call", "item") or not have or not wanted:
+        return None
+    if have == wanted and read.forward == read.backward == "none":
+        return None
+    names = [name.replace("_", "-") for name in (read.forward, read.backward)]
+    seconds = read.forward_seconds + read.backward_seconds
+    how = f" {names[0]}, back {names[1]}" if read.forward != "none" or read.backward != "none" else ""
+    cost = f" · {show_seconds(seconds)}" if seconds else ""
+    return tag("div", f"↳ %{read.node} ", badge(have), " → ", badge(wanted), tag("span", f"{how}{cost}", cls="muted"), cls="move")
+
+
+def _took(line: Line, most: float) -> Child:
+    if not line.facts or not line.seconds:
+        return None
+    width = f"width:{line.seconds / most * 100:.1f}%"
+    times = f"{show_seconds(line.facts.forward)} + {show_seconds(line.facts.backward)}"
+    return [tag("span", times), tag("i", style=width)]
