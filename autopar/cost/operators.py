@@ -21,15 +21,76 @@ PRODUCTS = {  # operator → positions (among its tensor operands) of the two fa
 }  # fmt: skip
 ATTENTION_BACKWARD = 2.5  # five matrix products for two: Dao et al. 2022, FlashAttention, algorithm 4
 CAUSAL = 0.5  # a fused causal kernel skips the masked half: Dao 2023, FlashAttention-2, section 3.1
-NO_GRADIENT_WORK = frozenset("add sub neg sum mean cat stack to clone contiguous reshape flatten pad type_as".split())
+NO_GRADIENT_WORK = frozenset(
+    [
+        "add",
+        "sub",
+        "neg",
+        "sum",
+        "mean",
+        "cat",
+        "stack",
+        "to",
+        "clone",
+        "contiguous",
+        "reshape",
+        "flatten",
+        "pad",
+        "type_as",
+    ]
+)
 KEEPS_OUTPUT = frozenset(
-    "softmax log_softmax sigmoid tanh exp sqrt rsqrt relu reciprocal logsigmoid cumsum expm1 tan elu logsumexp".split()
+    [
+        "softmax",
+        "log_softmax",
+        "sigmoid",
+        "tanh",
+        "exp",
+        "sqrt",
+        "rsqrt",
+        "relu",
+        "reciprocal",
+        "logsigmoid",
+        "cumsum",
+        "expm1",
+        "tan",
+        "elu",
+        "logsumexp",
+    ]
 )
 KEEPS_NOTHING = NO_GRADIENT_WORK | frozenset(
-    "sub rsub add dropout one_hot zeros_like ones_like full_like avg_pool1d avg_pool2d adaptive_avg_pool2d repeat "
-    "repeat_interleave roll flip tril triu lift_fresh_copy copy round floor ceil sign cumsum index_select gather".split()
+    [
+        "sub",
+        "rsub",
+        "add",
+        "dropout",
+        "one_hot",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "avg_pool1d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "repeat",
+        "repeat_interleave",
+        "roll",
+        "flip",
+        "tril",
+        "triu",
+        "lift_fresh_copy",
+        "copy",
+        "round",
+        "floor",
+        "ceil",
+        "sign",
+        "cumsum",
+        "index_select",
+        "gather",
+    ]
 )
-INDEXING = frozenset("embedding index gather index_select take_along_dim nll_loss scatter index_add".split())
+INDEXING = frozenset(
+    ["embedding", "index", "gather", "index_select", "take_along_dim", "nll_loss", "scatter", "index_add"]
+)
 
 
 @dataclass(frozen=True)

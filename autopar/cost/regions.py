@@ -164,7 +164,9 @@ class Measure:
                     found[v, p] = self.bytes(v, p)
             extra += sum(self.bytes(given[i], s.inputs[i]) for i in kept.like)
             if kept.extra:
-                extra += kept.extra * local_numel((node, 0), s.outputs[0], self.degree) / max(1, tensors(node)[0].numel())
+                extra += (
+                    kept.extra * local_numel((node, 0), s.outputs[0], self.degree) / max(1, tensors(node)[0].numel())
+                )
         return found, extra
 
     def is_shared(self, v: Value) -> bool:

@@ -103,7 +103,9 @@ def in_flight(schedule: str, devices: int, virtual: int, microbatches: int) -> t
 
 
 @lru_cache(maxsize=4096)
-def stage_counts(schedule: str, devices: int, virtual: int, microbatches: int, device: int) -> tuple[dict[int, int], ...]:
+def stage_counts(
+    schedule: str, devices: int, virtual: int, microbatches: int, device: int
+) -> tuple[dict[int, int], ...]:
     """The distinct states of a device: how many micro-batches of each of its stages are in flight."""
     few = settled(microbatches, devices, virtual)
     ends = WEIGHT if schedule in SPLIT else BACKWARD
@@ -154,7 +156,10 @@ def simulate(
     less = run(schedule, forward, backward, send, devices, few - devices, weight, False)
     more = (microbatches - few) / devices
     period = done.seconds - less.seconds
-    per = [sum(forward[s] + backward[s] + (weight[s] if weight else 0.0) for s in range(d, len(forward), devices)) for d in range(devices)]  # noqa: E501
+    per = [
+        sum(forward[s] + backward[s] + (weight[s] if weight else 0.0) for s in range(d, len(forward), devices))
+        for d in range(devices)
+    ]  # noqa: E501
     return Timeline(
         done.seconds + more * period,
         tuple(microbatches * p for p in per),

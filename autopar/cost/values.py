@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
+
 import torch
 from torch import fx
 
@@ -16,8 +17,36 @@ Value = tuple[fx.Node, int]
 """Output number i of a node."""
 
 VIEWS = frozenset(
-    "view expand transpose permute t numpy_T unsqueeze squeeze slice select split split_with_sizes chunk narrow unbind "
-    "detach alias unflatten movedim swapaxes expand_as view_as getitem diagonal unfold swapdims lift_fresh mT".split()
+    [
+        "view",
+        "expand",
+        "transpose",
+        "permute",
+        "t",
+        "numpy_T",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "narrow",
+        "unbind",
+        "detach",
+        "alias",
+        "unflatten",
+        "movedim",
+        "swapaxes",
+        "expand_as",
+        "view_as",
+        "getitem",
+        "diagonal",
+        "unfold",
+        "swapdims",
+        "lift_fresh",
+        "mT",
+    ]
 )
 """Operators that never copy; others (reshape, contiguous, to) are asked whether their result shares its storage."""
 

@@ -43,7 +43,7 @@ class Assignment:
         node, i = v
         if node.op == "call_module":
             body = str(node.target)
-            return self.placement(program, body, value(program.blocks[body].output_node().args[0][i]))
+            return self.placement(program, body, results(program.blocks[body])[i])
         if graph == "program" and node.op == "placeholder":
             return self.parameter(program, node)
         outputs = self.of(graph, node).outputs
@@ -91,6 +91,11 @@ class Assignment:
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def results(graph: fx.Graph) -> list[Value]:
+    """The values a graph returns."""
+    return reads(graph.output_node())
 
 
 def replicated() -> Assignment:

@@ -65,7 +65,9 @@ def profile(program: Program, assignment: Assignment, prices: Prices) -> Profile
     given = common(program)
     regions = {}
     for name, graph in program.blocks.items():
-        regions[name] = Measure(program, name, list(graph.nodes), assignment, prices, given.get(name, frozenset())).region()
+        regions[name] = Measure(
+            program, name, list(graph.nodes), assignment, prices, given.get(name, frozenset())
+        ).region()
     outer = {}
     for k in sorted({p for p in where.values()}):
         nodes = [n for n in program.graph.nodes if where.get(n) == k]
@@ -201,9 +203,7 @@ def through_views(node: fx.Node) -> list[fx.Node]:
 # ------------------------------------------------------------------ what crosses
 
 
-def cuts(
-    program: Program, assignment: Assignment, where: dict[fx.Node, int], prices: Prices
-) -> tuple[float, ...]:
+def cuts(program: Program, assignment: Assignment, where: dict[fx.Node, int], prices: Prices) -> tuple[float, ...]:
     """Bytes that are alive between call i and call i + 1, as they are placed along tp."""
     calls = program.calls()
     index = {call: i for i, call in enumerate(calls)}

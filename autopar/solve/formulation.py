@@ -72,7 +72,9 @@ class Formulation:
     def saved(self, node: fx.Node, s: Strategy) -> float:
         kept, size = kept_by(node), self.prices.precision.itemsize
         given = reads(node)
-        total = sum(local_numel(given[i], s.inputs[i], self.degree) * size(tensor(given[i]).dtype) for i in kept.operands)
+        total = sum(
+            local_numel(given[i], s.inputs[i], self.degree) * size(tensor(given[i]).dtype) for i in kept.operands
+        )
         return total + sum(
             local_numel((node, i), s.outputs[i], self.degree) * size(tensors(node)[i].dtype) for i in kept.outputs
         )

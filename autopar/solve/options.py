@@ -10,11 +10,12 @@ from torch import fx
 from autopar.cost.values import Value, dims, flows, is_view, reads, stored, tensor, tensors, value
 from autopar.errors import PlanError
 from autopar.ir.program import OUTER, Program
+from autopar.sharding.patterns import collect_patterns
 from autopar.sharding.placement import P, Placement, R
 from autopar.sharding.redistribute import grad_placement
 from autopar.sharding.rule import is_unsplit, strategies
 from autopar.sharding.strategy import Strategy
-from autopar.solve.assignment import Key, placeholders
+from autopar.solve.assignment import Key, placeholders, results
 
 Want = tuple[Placement, Placement | None]
 """How a reader wants a value, and how the gradient comes out of it (None: there is none)."""
@@ -82,7 +83,7 @@ def choices(program: Program, degree: int, sequence: bool | None = None) -> Choi
 
 def add_items(found: Choices, name: str, graph: fx.Graph, degree: int, weight: int, sequence: bool | None) -> None:
     """Operators with their strategies (placeholders follow, when their readers are known)."""
-    patterns = patterns_of(graph)
+    patterns = collect_patterns(graph)
     whole = free(graph) if name == OUTER else set()
     for node in graph.nodes:
         if node.op == "call_function" and value(node)[0] is node and tensors(node):
@@ -109,12 +110,6 @@ def free(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def patterns_of(graph: fx.Graph):  # noqa: ANN201 - what the rules say
-    from autopar.sharding.patterns import collect_patterns
-
-    return collect_patterns(graph)
-
-
 def allowed(node: fx.Node, strategy: Strategy, sequence: bool | None) -> bool:
     """Whether no dim that depends on the batch is split (replicas and micro-batches do that), nor the sequence if not wanted."""
     outputs = [(node, i) for i in range(len(tensors(node)))]
@@ -138,7 +133,7 @@ def producer(program: Program, graph: str, v: Value) -> tuple[Key, int, Value]:
     node, i = v
     if node.op == "call_module":
         body = str(node.target)
-        return producer(program, body, value(program.blocks[body].output_node().args[0][i]))
+        return producer(program, body, results(program.blocks[body])[i])
     return (graph, node.name), i, v
 
 

@@ -89,7 +89,10 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
         return np.array([pick(r) + (pick(between[i]) if i in between else 0.0) for i, r in enumerate(regions)], float)
 
     def level(pick):  # noqa: ANN001, ANN202 - three rows, those between always at "none"
-        rows = [[pick(r)[mode] + (pick(between[i])[0] if i in between else 0.0) for i, r in enumerate(regions)] for mode in range(3)]  # noqa: E501
+        rows = [
+            [pick(r)[mode] + (pick(between[i])[0] if i in between else 0.0) for i, r in enumerate(regions)]
+            for mode in range(3)
+        ]  # noqa: E501
         return np.array(rows, float).reshape(3, n)
 
     forward = row(lambda r: r.forward + r.forward_talk)
@@ -104,7 +107,13 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
         extra_f, extra_b = np.zeros(n), np.maximum(0, reduce - backward)
     else:
         extra_f, extra_b = np.zeros(n), np.zeros(n)
-    working = np.array([[max(r.working[m], between[i].working[0] if i in between else 0.0) for i, r in enumerate(regions)] for m in range(3)], float).reshape(3, n)  # noqa: E501
+    working = np.array(
+        [
+            [max(r.working[m], between[i].working[0] if i in between else 0.0) for i, r in enumerate(regions)]
+            for m in range(3)
+        ],
+        float,
+    ).reshape(3, n)  # noqa: E501
     last = profile.outer.get(n, Region()) if n else Region()
     return Blocks(
         forward=forward + extra_f,
@@ -141,9 +150,7 @@ def along(function: Callable[[float], float], values: Array | float) -> Array:
     return np.array([function(float(b)) for b in distinct])[back].reshape(array.shape)
 
 
-def once_a_step(
-    candidate: Candidate, setting: Setting, sharding: Sharding, stage: Any
-) -> tuple[Array, Array]:
+def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stage: Any) -> tuple[Array, Array]:
     """Seconds of a stage that do not grow with the number of micro-batches: what shows of communication, the optimizer.
 
     Gradients are summed while the last backward runs, unit by unit; what is longer than that backward, or the last
@@ -170,4 +177,6 @@ def once_a_step(
     if mesh.tp > 1:
         size = p.gradients.itemsize * stage.partial / sharding.split
         exposed = exposed + line(lambda b: 2 * collective.gather(b, tp), size)
-    return exposed, along(lambda b: moving(setting.cluster.device, b), optimizer_bytes(sharding, stage.trained, setting.clip))
+    return exposed, along(
+        lambda b: moving(setting.cluster.device, b), optimizer_bytes(sharding, stage.trained, setting.clip)
+    )

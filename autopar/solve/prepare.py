@@ -26,7 +26,9 @@ SPLIT, WHOLE, GIVEN = "split", "whole", "given"
 """Assignments along tp: parameters split wherever they can be (least memory), or whole where that is faster; or a plan's own."""
 
 
-PROMISE = 0.99  # equation (1) of `stages` may be above the schedule's own time where stages are unlike, by less than this
+PROMISE = (
+    0.99  # equation (1) of `stages` may be above the schedule's own time where stages are unlike, by less than this
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,11 @@ class Source:
     def static(self, batch: int) -> Program:
         """The static program of a micro-batch."""
         if batch not in self.statics:
-            made = self.program.at(batch=batch, length=self.length) if isinstance(self.program, Program) else self.program(batch)
+            made = (
+                self.program.at(batch=batch, length=self.length)
+                if isinstance(self.program, Program)
+                else self.program(batch)
+            )
             self.statics[batch] = made
         return self.statics[batch]
 
@@ -88,7 +94,12 @@ class Source:
         if (tp, variant) not in self.assignments:
             program = self.static(self.least_batch)
             self.assignments[tp, variant] = assign(
-                program, tp, self.prices(tp), self.pins.sequence_parallel, self.job.search.seconds, spare=variant == SPLIT
+                program,
+                tp,
+                self.prices(tp),
+                self.pins.sequence_parallel,
+                self.job.search.seconds,
+                spare=variant == SPLIT,
             )
         return self.assignments[tp, variant]
 

@@ -31,7 +31,9 @@ GIB = 2**30
 TIGHT = 0.9  # a device filled to this share of its limit counts as a binding constraint
 
 
-def document(source: Source, setting: Setting, batch: Batch, search: Search, count: int, seconds: float) -> PlanDocument:
+def document(
+    source: Source, setting: Setting, batch: Batch, search: Search, count: int, seconds: float
+) -> PlanDocument:
     best = search.best
     assert best is not None
     c = best.candidate
@@ -48,7 +50,13 @@ def document(source: Source, setting: Setting, batch: Batch, search: Search, cou
         plan=plan(program, best, assignment, source.calls),
         cost=cost(best, setting, batch, flops),
         search=SearchFacts(
-            seconds=seconds, trace_seconds=0.0, status=status, objective=best.seconds, bound=bound, gap=gap, candidates=count
+            seconds=seconds,
+            trace_seconds=0.0,
+            status=status,
+            objective=best.seconds,
+            bound=bound,
+            gap=gap,
+            candidates=count,
         ),
         runners_up=runners_up(search),
         binding=binding(best, setting),
@@ -95,7 +103,13 @@ def splits_sequence(program: Program, assignment: Assignment) -> bool:
         for place in placeholders(body):
             p = assignment.of(name, place).outputs[0]
             v = (place, 0)
-            if place.meta["kind"] == "input" and p.sharded and flows(v) and tensors(place) and tensor(v).is_floating_point():
+            if (
+                place.meta["kind"] == "input"
+                and p.sharded
+                and flows(v)
+                and tensors(place)
+                and tensor(v).is_floating_point()
+            ):
                 return "sequence" in dims(v)[p.dim]
     return False
 
@@ -161,7 +175,9 @@ def binding(best: Outcome, setting: Setting) -> tuple[str, ...]:
     if again and setting.recompute is None:
         found.append(f"memory: {again} of {sum(len(p.recompute) for p in best.parts)} blocks are recomputed to fit")
     if best.bubble > 0.05 * best.seconds:
-        found.append(f"pipeline: {best.bubble / best.seconds:.0%} of the step is waiting; more micro-batches would shorten it")
+        found.append(
+            f"pipeline: {best.bubble / best.seconds:.0%} of the step is waiting; more micro-batches would shorten it"
+        )
     if best.exposed > 0.1 * best.seconds:
         found.append(f"links: {best.exposed / best.seconds:.0%} of the step is communication that shows")
     return tuple(found)

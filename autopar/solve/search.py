@@ -144,5 +144,8 @@ def plan_outcome(source: Source, setting: Setting, plan: Plan) -> Outcome:
     c = Candidate(plan.mesh, plan.zero, plan.microbatch, plan.microbatches, plan.schedule, plan.virtual_stages, variant)
     cutter = Cutter(source.blocks(c), c, setting)
     spans = [(s.blocks[0], s.blocks[1] + 1) for s in plan.stages]
-    modes = [tuple(RECOMPUTE.index(r) for r in s.recompute) or (0,) * (j - i) for s, (i, j) in zip(plan.stages, spans, strict=True)]  # noqa: E501
+    modes = [
+        tuple(RECOMPUTE.index(r) for r in s.recompute) or (0,) * (j - i)
+        for s, (i, j) in zip(plan.stages, spans, strict=True)
+    ]  # noqa: E501
     return outcome(cutter, spans, modes)

@@ -46,7 +46,10 @@ def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
     for s in range(stages):
         span = cutter.span(s)
         plain = cutter.held(s, span)
-        held = [plain - cutter.flight[s] * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0] for k in modes]
+        held = [
+            plain - cutter.flight[s] * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0]
+            for k in modes
+        ]
         value = np.maximum(best[:, None], np.where(legal, np.minimum.reduce(held), np.inf))
         links.append(np.argmin(value, axis=0))
         best = np.min(value, axis=0)
@@ -77,7 +80,9 @@ def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: lis
     """``no plan fits dgx-h100: 93.1 GiB per device needed at best (…), 76.0 GiB there; …``"""
     cluster = setting.cluster
     best = smallest(source, setting, legal)
-    there = f"{setting.limit / GIB:.1f} GiB there ({1 - job.search.memory_margin:.0%} of {cluster.device.memory / GIB:.1f})"
+    there = (
+        f"{setting.limit / GIB:.1f} GiB there ({1 - job.search.memory_margin:.0%} of {cluster.device.memory / GIB:.1f})"
+    )
     if best is None:
         return f"no plan fits {cluster.name}: no pipeline can be cut under these pins; {there}"
     c, b = best.candidate, best.bytes
@@ -98,7 +103,9 @@ def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: 
     """More memory, other pins, more hosts: what each would have to be."""
     margin = 1 - job.search.memory_margin
     found = []
-    free = {k for k in ("tp", "pp", "dp", "zero", "microbatch", "recompute", "schedule") if getattr(job.pins, k) is not None}
+    free = {
+        k for k in ("tp", "pp", "dp", "zero", "microbatch", "recompute", "schedule") if getattr(job.pins, k) is not None
+    }
     if free:
         loose = unpinned(source, setting, batch, job)
         if loose is not None and loose.total < best.total * 0.999:

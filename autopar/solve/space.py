@@ -27,7 +27,9 @@ def meshes(devices: int, per_host: int, blocks: int, sequences: int, pins: Pins)
     product = (pins.tp or 1) * (pins.pp or 1) * (pins.dp or 1)
     if devices % product:
         named = " · ".join(f"{k}={getattr(pins, k)}" for k in ("tp", "pp", "dp") if getattr(pins, k))
-        raise PlanError(f"pins {named} take {product} devices a copy, which does not divide the {devices} devices there")
+        raise PlanError(
+            f"pins {named} take {product} devices a copy, which does not divide the {devices} devices there"
+        )
     found = []
     for tp in [pins.tp] if pins.tp else [d for d in divisors(devices) if d <= per_host]:
         for pp in [pins.pp] if pins.pp else divisors(devices // tp):

@@ -24,7 +24,6 @@ from autopar.cost.timeline import in_flight, stage_counts
 from autopar.solve.blocks import BEFORE
 from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, line, once_a_step
 
-
 SINGLE = 0.5  # weight of the longest stage where a single micro-batch would leave the cuts open
 At = tuple[int, int] | None
 
@@ -79,7 +78,11 @@ class Cutter:
         found = {"forward": b.forward, "backward": b.backward, "talk": b.talk, "trained": b.trained, "frozen": b.frozen,
                  "partial": b.partial}  # fmt: skip
         for mode in range(3):
-            found |= {f"saved{mode}": b.saved[mode], f"again{mode}": b.again[mode], f"again_talk{mode}": b.again_talk[mode]}
+            found |= {
+                f"saved{mode}": b.saved[mode],
+                f"again{mode}": b.again[mode],
+                f"again_talk{mode}": b.again_talk[mode],
+            }
         return found
 
     def over(self, key: str, at: At = None) -> Array:
@@ -112,18 +115,27 @@ class Cutter:
 
     def loose(self, s: int, at: At = None) -> tuple[Array, Array, Array, Array]:
         """Elements trained, frozen, partial of parameters outside of blocks, and the largest of them trained."""
-        trained, frozen, partial, largest = (np.zeros_like(self.over("trained", at)) for _ in range(4))
+        if at is not None:
+            return self.loose_of(s, *at)
+        trained, frozen, partial, largest = (np.zeros_like(self.over("trained")) for _ in range(4))
         index = np.arange(self.n + 1)
         for held, positions in self.blocks.loose:
             here = s == 0 and BEFORE in positions or s == self.candidate.stages - 1 and self.n in positions
             inside = [k for k in positions if 0 <= k < self.n]
             mask = np.full_like(trained, float(here))
             for k in inside if not here else ():
-                within = at[0] <= k < at[1] if at is not None else (index[:, None] <= k) & (k < index[None, :])
-                mask = np.maximum(mask, within)
+                mask = np.maximum(mask, (index[:, None] <= k) & (k < index[None, :]))
             trained, frozen = trained + mask * held.trained, frozen + mask * held.frozen
             partial, largest = partial + mask * held.partial, np.maximum(largest, mask * held.trained)
         return trained, frozen, partial, largest
+
+    def loose_of(self, s: int, i: int, j: int) -> tuple[Array, Array, Array, Array]:
+        """The same for one [i, j]."""
+        ends = {BEFORE} if s == 0 else set()
+        ends |= {self.n} if s == self.candidate.stages - 1 else set()
+        here = [h for h, at in self.blocks.loose if at & ends or any(i <= k < j for k in at)]
+        sums = (sum(h.trained for h in here), sum(h.frozen for h in here), sum(h.partial for h in here))
+        return tuple(np.float64(x) for x in (*sums, max((h.trained for h in here), default=0)))  # type: ignore[return-value]
 
     def span(self, s: int) -> Span:
         """All matrices of stage s; stages that are neither first nor last share them."""
@@ -165,7 +177,9 @@ class Cutter:
         p, zero = self.setting.precision, self.candidate.zero
         if self.candidate.mesh.dp == 1 or zero < 2:
             return np.zeros_like(root), np.zeros_like(root)
-        reduce = line(lambda x: collective.gather(x, self.dp), p.reduce.itemsize * (root_trained + largest * (unit > 0)))
+        reduce = line(
+            lambda x: collective.gather(x, self.dp), p.reduce.itemsize * (root_trained + largest * (unit > 0))
+        )
         if zero == 2:
             return np.zeros_like(root), reduce
         gather = line(lambda x: collective.gather(x, self.dp), p.compute.itemsize * (root + unit))
@@ -235,8 +249,16 @@ class Cutter:
     def through(self) -> float:
         """Seconds of one micro-batch through all stages, without what ZeRO and recompute add to the stages' ends."""
         ends = [total(e) for s in (0, self.candidate.stages - 1) for e in self.ends(s)]
-        once = sum(ends) if self.candidate.stages > 1 else total(self.blocks.every) + total(self.blocks.first) + total(self.blocks.last)
-        return float(self.sums["forward"][-1] + self.sums["backward"][-1]) + once + 2 * sum(sorted(self.sends)[: self.candidate.stages - 1])
+        once = (
+            sum(ends)
+            if self.candidate.stages > 1
+            else total(self.blocks.every) + total(self.blocks.first) + total(self.blocks.last)
+        )
+        return (
+            float(self.sums["forward"][-1] + self.sums["backward"][-1])
+            + once
+            + 2 * sum(sorted(self.sends)[: self.candidate.stages - 1])
+        )
 
     def cut(self) -> tuple[float, list[tuple[int, int]]]:
         """(2): the least value of (1) and the blocks of every stage; infinite and empty where nothing fits."""
@@ -264,9 +286,7 @@ class Cutter:
 
 def total(region: Region) -> float:
     """Seconds of a region's forward and backward."""
-    return (
-        region.forward + region.forward_talk + region.backward_input + region.backward_weight + region.backward_talk
-    )
+    return region.forward + region.forward_talk + region.backward_input + region.backward_weight + region.backward_talk
 
 
 def walk(links: list[Array], n: int) -> list[tuple[int, int]]:
@@ -292,7 +312,9 @@ def flights(candidate: Candidate) -> tuple[int, ...]:
         return in_flight(c.schedule, pp, 1, c.microbatches)
     found = [0] * c.stages
     for d in range(pp):
-        fullest = max(stage_counts(c.schedule, pp, c.virtual, c.microbatches, d), key=lambda counts: sum(counts.values()))
+        fullest = max(
+            stage_counts(c.schedule, pp, c.virtual, c.microbatches, d), key=lambda counts: sum(counts.values())
+        )
         for stage, count in fullest.items():
             found[stage] = count
     return tuple(found)

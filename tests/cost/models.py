@@ -41,7 +41,14 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(
-        self, layers: int, hidden: int, heads: int, vocab: int, dropout: float = 0.0, fused: bool = False, tied: bool = False
+        self,
+        layers: int,
+        hidden: int,
+        heads: int,
+        vocab: int,
+        dropout: float = 0.0,
+        fused: bool = False,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, hidden)

@@ -72,7 +72,9 @@ def really_kept(model: nn.Module, ids: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused attention"])
-@pytest.mark.parametrize("trained", [(), ("blocks.0.q", "blocks.1.q", "blocks.0.v", "blocks.1.v")], ids=["all", "frozen"])
+@pytest.mark.parametrize(
+    "trained", [(), ("blocks.0.q", "blocks.1.q", "blocks.0.v", "blocks.1.v")], ids=["all", "frozen"]
+)
 def test_what_is_predicted_is_what_autograd_keeps(fused: bool, trained: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     model = GPT(2, 64, 4, 96, 0.0, fused)

@@ -110,9 +110,7 @@ def test_what_the_ilp_charges_is_what_the_profile_charges() -> None:
     made = assign(program, 4, prices(gpt(), 4))
     measured = profile(program, made, prices(gpt(), 4))
     regions = [measured.regions[k] for k in measured.kinds] + list(measured.outer.values())
-    seconds = sum(
-        r.forward + r.backward_input + r.backward_weight + r.forward_talk + r.backward_talk for r in regions
-    )
+    seconds = sum(r.forward + r.backward_input + r.backward_weight + r.forward_talk + r.backward_talk for r in regions)
     assert made.objective == pytest.approx(seconds, rel=0.06)
 
 

@@ -76,7 +76,15 @@ def test_the_ledger_adds_up(pins: dict) -> None:
         {"tp": 1, "pp": 4, "dp": 2, "zero": 2, "microbatch": 1, "schedule": "gpipe", "recompute": "full"},
         {"tp": 2, "pp": 2, "dp": 2, "zero": 3, "microbatch": 4, "schedule": "1f1b", "sequence_parallel": False},
         {"tp": 1, "pp": 2, "dp": 4, "zero": 0, "schedule": "interleaved1f1b", "virtual_stages": 2, "microbatch": 1},
-        {"tp": 1, "pp": 2, "dp": 4, "zero": 1, "schedule": "interleavedzerobubble", "virtual_stages": 2, "microbatch": 1},
+        {
+            "tp": 1,
+            "pp": 2,
+            "dp": 4,
+            "zero": 1,
+            "schedule": "interleavedzerobubble",
+            "virtual_stages": 2,
+            "microbatch": 1,
+        },
     ],
 )
 def test_every_pin_is_kept_and_no_pinned_plan_beats_the_search(pins: dict) -> None:
