@@ -55,6 +55,7 @@ class Program:
     history: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)  # module path → its role in the model's family
     initial: dict[str, Initial] = field(default_factory=dict)  # parameters that passes added → their first values
+    precision: dict[str, str] | None = None  # compute, master, frozen, reduce → dtype names, set by a pass
     respecialize: Callable[[Program, dict[str, int]], Program] | None = None
 
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
@@ -83,6 +84,7 @@ class Program:
             history=list(self.history),
             roles=dict(self.roles),
             initial=dict(self.initial),
+            precision=None if self.precision is None else dict(self.precision),
         )
 
     def at(self, *, batch: int | None = None, length: int | None = None) -> Program:

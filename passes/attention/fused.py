@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.ir.hoist import hoist
 from autopar.ir.program import OUTER, Program
 from autopar.ir.shapes import infer, same_shape
-from passes.attention.hoist import hoist
 from passes.attention.written import RESHAPES, Term, UnlikeError, Written, dims, lead, shape
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ def fuse(program: Program, name: str, graph: fx.Graph, core: Written) -> fx.Node
         query, key, value = operands(make, core)
         mask = gathered(make, core, query)
         if mask is not None and name != OUTER:
-            mask = hoist(program, name, mask)
+            mask = hoist(program, name, mask, "mask")
         grouped = dims(query) >= 3 and str(shape(query)[-3]) != str(shape(key)[-3])
         options: dict[str, Any] = {"scale": core.scale}
         if grouped:

@@ -9,8 +9,8 @@ from autopar.ir.causal import ancestors
 from autopar.ir.program import Program
 
 
-def hoist(program: Program, name: str, node: fx.Node) -> fx.Node:
-    """``node`` of a block as a new argument of it, where it depends on no parameter, no gradient and no other block.
+def hoist(program: Program, name: str, node: fx.Node, called: str) -> fx.Node:
+    """``node`` of a block as a new argument of it, ``called`` so, where it depends on no parameter, no gradient and no other block.
 
     Instances given the same arguments share one. Where it cannot leave the block, ``node`` itself is returned.
     """
@@ -30,7 +30,7 @@ def hoist(program: Program, name: str, node: fx.Node) -> fx.Node:
             with program.graph.inserting_before(call):
                 made[arguments] = copied(program.graph, order, dict(zip(given, arguments, strict=True)))  # type: ignore
         call.args = (*call.args, made[arguments])  # type: ignore[index]
-    return placeholder(graph, node)
+    return placeholder(graph, node, called)
 
 
 def free(node: object) -> bool:
@@ -47,10 +47,10 @@ def copied(graph: fx.Graph, order: list[fx.Node], env: dict[fx.Node, fx.Node]) -
     return env[order[-1]]
 
 
-def placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def placeholder(graph: fx.Graph, node: fx.Node, called: str) -> fx.Node:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        new = graph.placeholder("mask")
+        new = graph.placeholder(called)
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), value
     new.meta = {"kind": "input", "name": new.name, "path": "", "val": value, "requires_grad": False}
