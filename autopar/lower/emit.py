@@ -582,9 +582,36 @@ def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
         if parameter.alias_of is not None:
             tied.setdefault(parameter.alias_of, [parameter.alias_of]).append(name)
     inputs = {
-        n.meta["name"]: {"shape": list(n.meta["val"].shape), "dtype": dtype_name(n.meta["val"].dtype),
-                         "batched": bool(n.meta["dims"]) and "batch" in n.meta["dims"][0]}
+        n.meta["name"]: input_entry(n)
         for n in program.graph.nodes
         if n.op == "placeholder" and n.meta["kind"] == "input"
-    }  # fmt: skip
+    }
     return stages, {"stages": [s.entry for s in stages], "tied": list(tied.values()), "inputs": inputs}
+
+
+def input_entry(node: fx.Node) -> dict[str, Any]:
+    """What a batch entry must be. ``high``: integers are below it (rows of the table they are looked up in, classes)."""
+    found: dict[str, Any] = {
+        "shape": list(node.meta["val"].shape),
+        "dtype": dtype_name(node.meta["val"].dtype),
+        "batched": bool(node.meta["dims"]) and "batch" in node.meta["dims"][0],
+    }
+    high = limit(node)
+    return found if high is None else {**found, "high": high}
+
+
+def limit(node: fx.Node) -> int | None:
+    """Rows of the tables an integer input is looked up in, or classes it is a label of, through views and shifts."""
+    if node.meta["val"].is_floating_point():
+        return None
+    aten = torch.ops.aten
+    through = {aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.pad.default, aten.contiguous.default}
+    for user in node.users:
+        if user.target is aten.embedding.default and user.args[1] is node:
+            return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+        if user.target is aten.cross_entropy_loss.default and user.args[1] is node:
+            logits = user.args[0].meta["val"].shape  # type: ignore[union-attr]
+            return int(logits[1] if len(logits) > 1 else logits[0])
+        if user.target in through and (found := limit(user)) is not None:
+            return found
+    return None

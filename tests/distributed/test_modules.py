@@ -1,0 +1,95 @@
+"""Proofs over models that are no language models, and the user's own modules and losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_equal, prove_built
+from torch import nn
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()) for _ in range(3)
+        )
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.pool(x).mean((2, 3)))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3)
+        self.out = nn.Linear(16, 50)
+
+    def forward(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(self.encoder(self.a(features).unsqueeze(1) + self.b(tokens)))
+
+
+def classes(count: int, *shape: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {"x": torch.randn(count, *shape), "labels": torch.randint(0, 10, (count,))}
+
+
+PINS: list[dict[str, Any]] = [dict(tp=2), dict(dp=2, zero=3, microbatch=2), dict(tp=2, dp=2, zero=1, microbatch=2)]
+
+
+@pytest.mark.parametrize("pins", [*PINS, dict(pp=2, microbatch=4)], ids=str)
+def test_a_perceptron(pins: dict[str, Any]) -> None:
+    assert_equal(prove_built(Perceptron(), classes(8, 20), pins))
+
+
+@pytest.mark.parametrize("pins", [*PINS, dict(pp=3, microbatch=2)], ids=str)
+def test_a_convolutional_net(pins: dict[str, Any]) -> None:
+    assert_equal(prove_built(Convolutional(), classes(8, 3, 8, 8), pins))
+
+
+@pytest.mark.parametrize("pins", [*PINS, dict(pp=2, dp=2, zero=2, microbatch=2)], ids=str)
+def test_an_encoder_with_two_inputs(pins: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50, (8, 6))
+    batch = {"tokens": tokens, "features": torch.randn(8, 8), "labels": torch.randint(0, 50, (8, 6))}
+    assert_equal(prove_built(TwoInputs(), batch, pins))
+
+
+def squared(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    error = (output - batch["y"]).square().sum()
+    return error, torch.ones_like(batch["y"]).sum()
+
+
+@pytest.mark.parametrize("pins", [dict(tp=2), dict(dp=4, zero=2)], ids=str)
+def test_a_loss_of_the_users_own(pins: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 20), "y": torch.randn(8, 10)}
+    assert_equal(prove_built(Perceptron(), batch, pins, loss=squared))
+
+
+def test_a_scalar_mean_loss() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 20), "y": torch.randn(8, 10)}
+    loss = lambda output, batch: F.mse_loss(output, batch["y"])  # noqa: E731
+    assert_equal(prove_built(Perceptron(), batch, dict(dp=2, zero=0, microbatch=2), loss=loss))
