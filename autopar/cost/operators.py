@@ -193,7 +193,7 @@ def product_work(
     for position, v in enumerate(wanted):
         if position not in PRODUCTS[op_name(node)] and flows(v):
             b[1] += result  # the gradient of a bias: a sum over the output's
-    return Work("matmul", (flops, *f), (moved, *b), dtype)
+    return Work("matmul", (flops, f[0], f[1]), (moved, b[0], b[1]), dtype)
 
 
 def is_causal(node: fx.Node) -> bool:
@@ -219,7 +219,7 @@ def vector_work(node: fx.Node, sizes: list[int], results: list[int], dtype: torc
         if flows(v):
             back[0 if parameter(v) is None else 1] += size + (result if name != "cross_entropy_loss" else size)
     back[0] += saved
-    return Work("vector", bytes=(moved, *back), dtype=dtype)
+    return Work("vector", bytes=(moved, back[0], back[1]), dtype=dtype)
 
 
 def skipped_dropout(node: fx.Node) -> bool:
@@ -228,7 +228,7 @@ def skipped_dropout(node: fx.Node) -> bool:
         return False
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     train = node.args[2] if len(node.args) > 2 else node.kwargs.get("train", True)
-    return p == 0 or train is False
+    return bool(p == 0 or train is False)
 
 
 # ------------------------------------------------------------------ what autograd keeps

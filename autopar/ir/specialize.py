@@ -129,6 +129,9 @@ def run_meta(node: fx.Node, name: str) -> Any:
 def annotate(program: Program, sizes: dict[str, int]) -> None:
     """`meta["dims"]` (which of batch and sequence each dim depends on) and `meta["requires_grad"]` of every node."""
     names = {s: meaning(program, s) for s in program.sizes}
+    for body in program.blocks.values():
+        for place in (n for n in body.nodes if n.op == "placeholder"):
+            place.meta["requires_grad"] = False  # what calls say is added up below; a pass may have frozen weights since
     for node in program.graph.nodes:
         annotate_node(node, names, sizes, program)
         if node.op == "call_module":

@@ -47,7 +47,7 @@ class Formulation:
         self.program, self.found, self.degree, self.prices, self.spare = program, found, degree, prices, spare
         self.linear = Linear()
         self.x: dict[Key, list[int]] = {}
-        self.costs: dict[tuple, float] = {}
+        self.costs: dict[tuple, float | None] = {}
         for item in found.items.values():
             self.node(item)
         for edge in found.edges:

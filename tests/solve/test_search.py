@@ -160,6 +160,20 @@ def test_adapters_change_the_plan() -> None:
     assert part.cost.step_seconds < 0.85 * whole.cost.step_seconds
 
 
+def test_weights_that_a_pass_freezes_after_the_trace_cost_no_state() -> None:
+    from autopar.ir.rewrite import rewrite
+
+    adapted = rewrite(gpt(layers=4), [{"lora": {"rank": 4, "targets": ["*.q", "*.v"]}}])
+    pins = {"tp": 1, "pp": 1, "dp": 8, "zero": 0}
+    whole, part = plan(gpt(layers=4), cluster(), pins=pins), plan(adapted, cluster(), pins=pins)
+    trained = part.model.trainable_parameters
+    assert trained == 4 * 2 * 4 * (1024 + 1024)
+    assert part.cost.bytes.optimizer == 8 * trained
+    assert part.cost.bytes.gradients == 4 * trained
+    assert part.cost.bytes.activations < whole.cost.bytes.activations
+    assert 0.6 < part.cost.compute_seconds / whole.cost.compute_seconds < 0.9
+
+
 def test_a_tied_head_is_held_on_both_end_stages_and_once_on_one() -> None:
     tied = gpt(layers=4, vocab=32000, tied=True)
     assert solve(tied, cluster(1), job(sequences=4)).model.parameters == 32000 * 1024 + 4 * 12_596_224 + 2048
