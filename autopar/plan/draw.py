@@ -26,7 +26,11 @@ def page(document: PlanDocument, program: str | None = None) -> str:
     shown as far as the plan knows them. The same document gives the same text."""
     body = tag(
         "body",
-        tag("nav", [tag("a", name, href=f"#{anchor}") for anchor, name in SECTIONS], tag("button", "◐", id="theme", type="button", title="light or dark")),  # noqa: E501
+        tag(
+            "nav",
+            [tag("a", name, href=f"#{anchor}") for anchor, name in SECTIONS],
+            tag("button", "◐", id="theme", type="button", title="light or dark"),
+        ),  # noqa: E501
         tag(
             "main",
             headline(document),

@@ -24,11 +24,11 @@ def node_facts(program: Program, placed: Placed, prices: Prices) -> dict[str, di
 
 
 def _facts(node: fx.Node, measure: Measure) -> NodeFacts:
-    text = {"op": target_text(node), "type": type_text(node.meta.get("val"))}
+    op, type = target_text(node), type_text(node.meta.get("val"))
     if node not in measure.times:  # a block's call, or one of several outputs: no work of its own
-        return NodeFacts(**text, reads=tuple(Read(node=n.name) for n in operands(node) if not _parameter(n)))
+        return NodeFacts(op=op, type=type, reads=tuple(Read(node=n.name) for n in operands(node) if not _parameter(n)))
     took = measure.times[node]
-    return NodeFacts(**text, reads=_reads(node, measure), forward=took.forward, backward=took.backward)
+    return NodeFacts(op=op, type=type, reads=_reads(node, measure), forward=took.forward, backward=took.backward)
 
 
 def _parameter(node: fx.Node) -> bool:

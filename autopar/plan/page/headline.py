@@ -59,7 +59,9 @@ def tiles(document: PlanDocument) -> list[tuple[str, str, str]]:
 
 
 def _tile(what: str, value: str, remark: str) -> Markup:
-    return tag("div", tag("span", what, cls="what"), tag("strong", value), tag("span", remark, cls="remark"), cls="tile")
+    return tag(
+        "div", tag("span", what, cls="what"), tag("strong", value), tag("span", remark, cls="remark"), cls="tile"
+    )
 
 
 def short(count: int) -> str:

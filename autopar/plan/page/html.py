@@ -51,7 +51,10 @@ def coordinate(value: str | int | float) -> str:
 def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], **attributes: str | None) -> Markup:
     """A table in a box that scrolls sideways where it is too wide. A cell that is a ``td`` element stays as it is."""
     top = tag("thead", tag("tr", [h if _is(h, "th") else tag("th", h) for h in head]))
-    body = tag("tbody", [row if _is(row, "tr") else tag("tr", [c if _is(c, "td") else tag("td", c) for c in row]) for row in rows])  # noqa: E501
+    body = tag(
+        "tbody",
+        [row if _is(row, "tr") else tag("tr", [c if _is(c, "td") else tag("td", c) for c in row]) for row in rows],
+    )  # noqa: E501
     return tag("div", tag("table", top, body, **attributes), cls="scroll")
 
 

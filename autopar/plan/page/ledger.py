@@ -36,13 +36,15 @@ def ledger(document: PlanDocument) -> Markup:
 
 def _part(key: str, name: str, share: float, seconds: float) -> Markup:
     label = f"{name} {share:.0%}" if share > 0.12 else ""
-    return tag("span", label, cls=f"part {key}", style=f"width:{share * 100:.3f}%", title=f"{name}: {show_seconds(seconds)}")
+    return tag(
+        "span", label, cls=f"part {key}", style=f"width:{share * 100:.3f}%", title=f"{name}: {show_seconds(seconds)}"
+    )
 
 
 def binding(document: PlanDocument) -> Markup:
     """What keeps the plan from being faster, if anything is known to."""
     if not document.binding:
         return joined(None)
-    return tag("aside", tag("b", "What holds it back"), tag("ul", [tag("li", t) for t in document.binding]), cls="binding")
-
-
+    return tag(
+        "aside", tag("b", "What holds it back"), tag("ul", [tag("li", t) for t in document.binding]), cls="binding"
+    )

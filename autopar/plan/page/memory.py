@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autopar.plan.page.html import Markup, legend, section, tag
-from autopar.plan.plan import Bytes, Plan, PlanDocument
+from autopar.plan.plan import Bytes, Plan, PlanDocument, Stage
 from autopar.spec.quantity import show_bytes
 
 PARTS = tuple(Bytes.model_fields)  # parameters, gradients, optimizer, activations, transient
@@ -18,6 +18,7 @@ def memory(document: PlanDocument) -> Markup:
     rows = [_row(plan, rank, held[rank], tops[rank], limit, scale) for rank in range(plan.mesh.pp)]
     partly = any(h is None for h in held)
     keys = [(part, part) for part in PARTS] + ([("peak", "all kinds together")] if partly else [])
+    keys += [("limit-key", "limit")] if limit else []
     note = f"Peak bytes of the devices of every pipeline rank{_against(limit)}."
     return section("memory", "Memory", note, legend(keys), tag("div", rows, cls="ranks"))
 
@@ -36,7 +37,7 @@ def rank_bytes(document: PlanDocument) -> list[Bytes | None]:
     return [cost.bytes if rank == fullest else None for rank in range(plan.mesh.pp)]
 
 
-def stages_of(plan: Plan, rank: int) -> list:
+def stages_of(plan: Plan, rank: int) -> list[Stage]:
     """The virtual stages that run on a pp rank."""
     return list(plan.stages[rank :: plan.mesh.pp])
 
@@ -61,10 +62,12 @@ def _row(plan: Plan, rank: int, held: Bytes | None, top: int, limit: int, scale:
         for kind, size in kinds.items()
         if size
     ]
-    mark = tag("span", cls="limit", style=f"left:{limit / scale * 100:.3f}%", title=f"limit: {show_bytes(limit)}") if limit else None
-    over = limit > 0 and top > limit
-    value = tag("span", show_bytes(top), tag("small", f" {top / limit:.0%}") if limit else None, cls="num over" if over else "num")
-    name = tag("div", tag("b", label_of(plan, rank)), tag("small", f"{blocks_of(plan, rank)} · {recompute_of(plan, rank)}"), cls="name")
+    left = f"left:{limit / scale * 100:.3f}%"
+    mark = tag("span", cls="limit", style=left, title=f"limit: {show_bytes(limit)}") if limit else None
+    share = tag("small", f" {top / limit:.0%}") if limit else None
+    value = tag("span", show_bytes(top), share, cls="num over" if 0 < limit < top else "num")
+    about = tag("small", blocks_of(plan, rank), tag("br"), recompute_of(plan, rank))
+    name = tag("div", tag("b", label_of(plan, rank)), about, cls="name")
     return tag("div", name, tag("div", parts, mark, cls="bar"), value, cls="rank", data_rank=rank, data_bytes=top)
 
 

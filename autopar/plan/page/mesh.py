@@ -37,7 +37,11 @@ def axes_of(plan: Plan) -> list[tuple[str, int, str]]:
         2: "optimizer state and gradients are split over them",
         3: "parameters, gradients and optimizer state are split over them",
     }
-    stages = f"{len(plan.stages)} stages, {plan.virtual_stages} on each rank" if plan.virtual_stages > 1 else "one stage each"
+    stages = (
+        f"{len(plan.stages)} stages, {plan.virtual_stages} on each rank"
+        if plan.virtual_stages > 1
+        else "one stage each"
+    )
     sequence = "; between them activations are split over the sequence" if plan.sequence_parallel else ""
     found = [
         ("pp", shape.pp, f"pipeline ranks, {stages}"),
@@ -65,7 +69,9 @@ def _replica(plan: Plan, d: int) -> Markup:
         cells = [_cell(shape, p, d, column) for column in columns]
         name = tag("span", f"pp {p}", cls="pp", title=blocks_of(plan, p))
         rows.append(tag("div", name, cells, cls="devices"))
-    head = tag("div", f"replica {d}" if shape.dp > 1 else "all devices", tag("span", _across(shape), cls="arrow"), cls="head")
+    head = tag(
+        "div", f"replica {d}" if shape.dp > 1 else "all devices", tag("span", _across(shape), cls="arrow"), cls="head"
+    )
     return tag("div", head, rows, cls="replica")
 
 

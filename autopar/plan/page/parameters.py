@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from autopar.plan.page.html import Markup, number, section, table, tag
-from autopar.plan.page.program import badge
-from autopar.plan.page.source import LINE
+from autopar.plan.page.program import badge, finder
+from autopar.plan.page.source import LINE, starred
 from autopar.plan.plan import PlanDocument
-
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def families(placements: Mapping[str, str], types: Mapping[str, str]) -> dict[tuple[str, str, str], list[str]]:
     """(name with numbers as ``*``, type, placement) → names, in the order of the plan; a lone name keeps its number."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, placement in placements.items():
-        found.setdefault((NUMBER.sub("*", name), types.get(name, ""), placement), []).append(name)
+        found.setdefault((starred(name), types.get(name, ""), placement), []).append(name)
     return {(k[0] if len(v) > 1 else v[0], *k[1:]): v for k, v in found.items()}
 
 
@@ -47,7 +44,7 @@ def parameters(document: PlanDocument, program: str | None) -> Markup:
     ]
     split = sum(where != "R" for where in placed.values())
     note = f"{len(placed):,} parameters, {split:,} of them split along tp. ZeRO {document.plan.zero} is over dp, on top of this."
-    tools = tag("input", type="search", placeholder="find a parameter", data_filter="parameters", aria_label="find a parameter")
+    tools = finder("parameters", "find a parameter")
     found = table(["parameter", "count", "shape", "placement"], rows)
     return section("parameters", "Parameters", note, tag("div", tools, cls="tools"), found)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import groupby
 
 from autopar.plan.page.html import Child, Markup, section, tag
-from autopar.plan.page.source import Graph, Line, graphs
+from autopar.plan.page.source import Graph, Line, graphs, starred
 from autopar.plan.plan import PlanDocument, Read
 from autopar.spec.quantity import show_seconds
 
 STORED = ("parameter", "buffer", "constant")
+MANY = 8  # so many runs of alike calls are named, more are counted
 FOLDED = 6  # so many parameters or calls in a row are folded into one line
 
 
@@ -24,24 +26,33 @@ def program(document: PlanDocument, text: str | None) -> Markup:
     )
     tools = tag(
         "div",
-        tag("input", type="search", placeholder="find a node, an operator, a placement", data_filter="program", aria_label="find a node"),
+        finder("program", "find a node, an operator, a placement"),
         tag("button", "fold all", type="button", data_fold="program"),
         cls="tools",
     )
     return section("program", "Program", note, tools, [_graph(graph, priced) for graph in found])
 
 
+def finder(anchor: str, hint: str) -> Markup:
+    """A field that hides what does not have its words, in the section ``anchor``."""
+    return tag("input", type="search", placeholder=hint, data_filter=anchor, aria_label=hint)
+
+
 def _graph(graph: Graph, priced: bool) -> Markup:
     times = f" × {graph.count}" if graph.name != "program" and graph.count else ""
     took = sum(line.seconds for line in graph.lines)
-    about = f"{len(graph.lines)} nodes" + (f", {show_seconds(took)} of compute" + (" each" if times else "") if took else "")
+    about = f"{len(graph.lines)} nodes" + (
+        f", {show_seconds(took)} of compute" + (" each" if times else "") if took else ""
+    )
     most = max((line.seconds for line in graph.lines), default=0.0)
     made = {line.name: line for line in graph.lines}
     rows: list[Child] = []
     for kind, run in groupby(graph.lines, key=_fold_key):
         lines = list(run)
-        body = [_line(line, made, most, priced) for line in lines]
-        rows.append(_folded(kind, lines, body) if kind and len(lines) >= FOLDED else body)
+        folded = kind and len(lines) >= FOLDED
+        alike = _families(lines) if folded and kind == "stored" else {i: [line] for i, line in enumerate(lines)}
+        body = [_line(group[0], made, most, priced, len(group)) for group in alike.values()]
+        rows.append(_folded(kind, lines, body) if folded else body)
     if graph.returns:
         rows.append(tag("div", tag("code", graph.returns), cls="node returns"))
     head = tag("summary", tag("b", graph.name), tag("span", times, cls="times"), tag("span", about, cls="muted"))
@@ -54,18 +65,31 @@ def _fold_key(line: Line) -> str:
     return "calls" if line.kind in ("call", "item") else ""
 
 
+def _families(lines: list[Line]) -> dict[Hashable, list[Line]]:
+    """Parameters whose names differ in a number alone, of one type and placement."""
+    found: dict[Hashable, list[Line]] = {}
+    for line in lines:
+        found.setdefault((starred(line.code), line.type, line.choice), []).append(line)
+    return found
+
+
 def _folded(kind: str, lines: list[Line], body: list[Markup]) -> Markup:
     if kind == "calls":
         names = [line.code.split("(", 1)[0] for line in lines if line.kind == "call"]
-        text = ", ".join(f"{len(list(run))} calls of {name}" for name, run in groupby(names)) if len(set(names)) < 6 else f"{len(names)} calls"
+        runs = [f"{len(list(run))} × {name}" for name, run in groupby(names)]
+        text = f"calls of blocks: {', '.join(runs) if len(runs) <= MANY else len(names)}"
     else:
         kinds = [line.kind for line in lines]
         text = ", ".join(f"{kinds.count(k)} {k}{'s' * (kinds.count(k) > 1)}" for k in STORED if k in kinds)
     return tag("details", tag("summary", text), body, cls=f"run {kind}")
 
 
-def _line(line: Line, made: dict[str, Line], most: float, priced: bool) -> Markup:
-    left = tag("code", tag("span", f"%{line.name}", cls="name"), Markup(" = "), _code(line.code)) if line.code else tag("code", tag("span", f"%{line.name}", cls="name"))  # noqa: E501
+def _line(line: Line, made: dict[str, Line], most: float, priced: bool, count: int = 1) -> Markup:
+    name, code = line.name, _spared(line, made)
+    if count > 1:
+        name, code = starred(name), starred(code)
+    times = tag("span", f" × {count}", cls="times") if count > 1 else None
+    left = tag("code", tag("span", f"%{name}", cls="name"), [" = ", _code(code)] if code else None, times)
     moved = [_move(line, i, read, made) for i, read in enumerate(line.reads)]
     placed = line.choice
     badges = [badge(p) for p in placed.outputs] if placed else None
@@ -78,6 +102,16 @@ def _line(line: Line, made: dict[str, Line], most: float, priced: bool) -> Marku
     if priced:
         cells.append(tag("div", _took(line, most), cls="took"))
     return tag("div", cells, cls=f"node {line.kind}", data_node=line.name)
+
+
+def _spared(line: Line, made: dict[str, Line]) -> str:
+    """A node's right-hand side; a block's call without the parameters it is given."""
+    if line.kind != "call":
+        return line.code
+    given = [r.node for r in line.reads]
+    shown = [f"%{n}" for n in given if n not in made or made[n].kind != "parameter"]
+    rest = len(given) - len(shown)
+    return f"{line.code.split('(', 1)[0]}({', '.join(shown)}{f', … {rest} parameters' if rest else ''})"
 
 
 def strategy(line: Line) -> str | None:
@@ -112,12 +146,21 @@ def _move(line: Line, position: int, read: Read, made: dict[str, Line]) -> Marku
     seconds = read.forward_seconds + read.backward_seconds
     how = f" {names[0]}, back {names[1]}" if read.forward != "none" or read.backward != "none" else ""
     cost = f" · {show_seconds(seconds)}" if seconds else ""
-    return tag("div", f"↳ %{read.node} ", badge(have), " → ", badge(wanted), tag("span", f"{how}{cost}", cls="muted"), cls="move")
+    return tag(
+        "div",
+        f"↳ %{read.node} ",
+        badge(have),
+        " → ",
+        badge(wanted),
+        tag("span", f"{how}{cost}", cls="muted"),
+        cls="move",
+    )
 
 
 def _took(line: Line, most: float) -> Child:
     if not line.facts or not line.seconds:
         return None
     width = f"width:{line.seconds / most * 100:.1f}%"
-    times = f"{show_seconds(line.facts.forward)} + {show_seconds(line.facts.backward)}"
+    parts = (line.facts.forward, line.facts.backward)
+    times = " + ".join(show_seconds(s) for s in parts if s)
     return [tag("span", times), tag("i", style=width)]

@@ -60,6 +60,7 @@ def unsplit(document: PlanDocument) -> Markup:
     """Operators that no rule covers; nothing is silent."""
     names = document.plan.unsplit
     if not names:
-        return section("unsplit", "Not split", "Every operator of the program has a rule; none had to be replicated for want of one.")
+        note = "Every operator of the program has a rule; none is replicated for want of one."
+        return section("unsplit", "Not split", note)
     note = f"{len(names)} operators have no sharding rule and run whole on every device of tp:"
     return section("unsplit", "Not split", note, tag("ul", [tag("li", tag("code", n)) for n in names], cls="names"))

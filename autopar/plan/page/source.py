@@ -11,6 +11,7 @@ from autopar.plan.plan import Choice, NodeFacts, PlanDocument, Read
 HEAD = re.compile(r"(\S+)(?: × (\d+))? \{")
 LINE = re.compile(r"  %(\S+?): (.*?) = (.*)")
 OPERAND = re.compile(r"%([\w.]+)")
+NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 STORED = ("parameter", "buffer", "constant", "input")
 
 
@@ -72,6 +73,11 @@ def _kind(code: str) -> str:
         return first
     operator = code.split("(", 1)[0]
     return "item" if operator == "getitem" else "operator" if "." in operator else "call"
+
+
+def starred(name: str) -> str:
+    """``blocks.*.norm.weight`` for ``blocks.12.norm.weight``: what names that differ in a number alone have in common."""
+    return NUMBER.sub("*", name)
 
 
 def _from_plan(document: PlanDocument) -> Iterator[Graph]:

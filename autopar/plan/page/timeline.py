@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autopar.cost.timeline import BACKWARD, FORWARD, SPLIT, Timeline, simulate
-from autopar.plan.page.html import Markup, legend, section, tag
+from autopar.cost.timeline import BACKWARD, FORWARD, SPLIT, Action, Timeline, simulate
+from autopar.plan.page.html import Markup, joined, legend, section, tag
 from autopar.plan.page.memory import label_of
 from autopar.plan.plan import Plan, PlanDocument
 from autopar.spec.quantity import show_seconds
@@ -15,6 +15,7 @@ from autopar.spec.quantity import show_seconds
 WIDTH, LEFT, ROW, GAP = 1060.0, 64.0, 26.0, 34.0
 LABEL = 15.0  # a box at least so wide has its micro-batch's number
 PERIODS = 26.0  # a window shows at most the time of so many micro-batches
+Event = tuple[int, Action, float, float]
 CLASSES = ("f", "b", "w")
 
 
@@ -40,7 +41,8 @@ def timeline(document: PlanDocument) -> Markup:
         return section("timeline", "Pipeline", note)
     done = simulated(plan)
     if done is None:
-        return section("timeline", "Pipeline", f"There is no drawing of the schedule {plan.schedule} yet; its costs are in the ledger.")
+        note = f"The schedule {plan.schedule} has no simulation to draw; its costs are in the ledger."
+        return section("timeline", "Pipeline", note)
     windows = windows_of(plan, done)
     waiting = 1 - sum(done.busy) / (len(done.busy) * done.seconds) if done.seconds else 0.0
     note = (
@@ -54,7 +56,9 @@ def timeline(document: PlanDocument) -> Markup:
     kinds = [("f", "forward"), ("b", "backward"), *([("w", "gradients of weights")] if plan.schedule in SPLIT else [])]
     seconds = [[show_seconds(s.seconds.forward), show_seconds(s.seconds.backward)] for s in plan.stages]
     data = tag("script", Markup(json.dumps(seconds)), type="application/json", id="stage-seconds")
-    return section("timeline", "Pipeline", note, legend([*kinds, ("idle", "waiting")]), _picture(plan, done, windows), data)
+    return section(
+        "timeline", "Pipeline", note, legend([*kinds, ("idle", "waiting")]), _picture(plan, done, windows), data
+    )
 
 
 def simulated(plan: Plan) -> Timeline | None:
@@ -67,7 +71,9 @@ def simulated(plan: Plan) -> Timeline | None:
     backward = [b / 2 for b in backward] if weight else backward
     sends = [0.0] * (len(forward) - 1)
     try:
-        return simulate(plan.schedule, forward, backward, sends, plan.mesh.pp, plan.microbatches, weight=weight, events=True)
+        return simulate(
+            plan.schedule, forward, backward, sends, plan.mesh.pp, plan.microbatches, weight=weight, events=True
+        )
     except ValueError:
         return None
 
@@ -110,13 +116,16 @@ def _laid(spans: list[tuple[float, float]]) -> list[Window]:
 def _picture(plan: Plan, done: Timeline, windows: list[Window]) -> Markup:
     ranks = plan.mesh.pp
     height = ranks * ROW + 30
-    rows = [_rank(plan, done, windows, rank) for rank in range(ranks)]
+    events: list[list[Event]] = [[] for _ in range(ranks)]
+    for event in done.events:
+        events[event[0]].append(event)
+    rows = [_rank(plan, events[rank], windows, rank) for rank in range(ranks)]
     ticks = [_tick(w, t, ranks * ROW) for w in windows for t in ((w.start, w.end) if len(windows) > 1 else _round(w))]
-    gaps = [
-        tag("text", "⋯", x=w.x - GAP / 2, y=ranks * ROW / 2 + 6, cls="skip") for w in windows[1:]
-    ]
+    gaps = [tag("text", "⋯", x=w.x - GAP / 2, y=ranks * ROW / 2 + 6, cls="skip") for w in windows[1:]]
     label = f"Timeline of {plan.schedule} over {ranks} pipeline ranks"
-    picture = tag("svg", rows, ticks, gaps, viewBox=f"0 0 {WIDTH:.0f} {height:.0f}", role="img", aria_label=label, cls="pipeline")
+    picture = tag(
+        "svg", rows, ticks, gaps, viewBox=f"0 0 {WIDTH:.0f} {height:.0f}", role="img", aria_label=label, cls="pipeline"
+    )
     return tag("div", picture, cls="scroll")
 
 
@@ -129,28 +138,23 @@ def _tick(window: Window, seconds: float, y: float) -> Markup:
     x = window.at(seconds)
     anchor = "start" if seconds == window.start else "end" if seconds == window.end else "middle"
     line = tag("line", x1=x, x2=x, y1=0, y2=y + 4, cls="tick")
-    return joined_svg(line, tag("text", show_seconds(seconds), x=x, y=y + 18, text_anchor=anchor, cls="time"))
+    return joined([line, tag("text", show_seconds(seconds), x=x, y=y + 18, text_anchor=anchor, cls="time")])
 
 
-def joined_svg(*parts: Markup) -> Markup:
-    return Markup("".join(parts))
-
-
-def _rank(plan: Plan, done: Timeline, windows: list[Window], rank: int) -> Markup:
+def _rank(plan: Plan, events: list[Event], windows: list[Window], rank: int) -> Markup:
     beds = [tag("rect", x=w.x, y=2, width=(w.end - w.start) * w.scale, height=ROW - 4, cls="idle") for w in windows]
-    boxes = [box for w in windows for box in _boxes(plan, done, w, rank)]
+    boxes = [box for w in windows for box in _boxes(plan, events, w)]
     name = tag("text", f"pp {rank}", tag("title", label_of(plan, rank)), x=4, y=17, cls="rankname")
     return tag("g", name, beds, boxes, transform=f"translate(0,{rank * ROW:g})", data_rank=rank)
 
 
-def _boxes(plan: Plan, done: Timeline, window: Window, rank: int) -> Iterator[Markup]:
-    for device, (kind, stage, microbatch), start, end in done.events:
-        if device != rank or end <= window.start or start >= window.end:
+def _boxes(plan: Plan, events: list[Event], window: Window) -> Iterator[Markup]:
+    for _, (kind, stage, microbatch), start, end in events:
+        if end <= window.start or start >= window.end:
             continue
         x, width = window.at(start), window.at(end) - window.at(start)
         tone = stage // plan.mesh.pp % 4
-        yield tag(
-            "rect", x=x, y=2, width=max(0.4, width - 0.6), height=ROW - 4, cls=f"{CLASSES[kind]} v{tone}", data_m=microbatch, data_s=stage
-        )  # fmt: skip
+        look = {"cls": f"{CLASSES[kind]} v{tone}", "data_m": microbatch, "data_s": stage}
+        yield tag("rect", x=x, y=2, width=max(0.4, width - 0.6), height=ROW - 4, **look)
         if width >= LABEL and start >= window.start and end <= window.end:
             yield tag("text", microbatch, x=x + width / 2, y=17, cls="mb")
