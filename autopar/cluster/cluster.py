@@ -46,9 +46,9 @@ class Device:
         return Device(
             name=spec.name,
             memory=spec.memory,
-            bandwidth=spec.bandwidth,
-            flops_per_second=dict(rates),
-            vector_flops_per_second=vector,
+            bandwidth=spec.bandwidth * spec.share,
+            flops_per_second={dtype: rate * spec.share for dtype, rate in rates.items()},
+            vector_flops_per_second=vector * spec.share,
             kernel_latency=spec.kernel_latency,
             host_bandwidth=spec.host_bandwidth,
             efficiency=spec.efficiency,

@@ -93,7 +93,7 @@ class Emitter:
 
     def stage(self, stage: StageGraph) -> Emitted:
         own = {n for n in stage.nodes if n.op == "placeholder" and n.meta["kind"] == "parameter"}
-        localizer = Localizer(self.plan.choices.get(OUTER, {}), self.degree, own, self.owned)
+        localizer = Localizer(self.plan.choices.get(OUTER, {}), self.degree, own, self.owned, returns_loss=True)
         received = {n: self.value_place(n) for n in stage.receives}
         nodes = list(stage.nodes)
         if stage.sends:

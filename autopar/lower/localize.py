@@ -53,7 +53,9 @@ class Localizer:
         degree: int,
         deferrable: set[fx.Node],
         owned: Mapping[str, set[int]] | None = None,
+        returns_loss: bool = False,
     ) -> None:
+        self.returns_loss = returns_loss  # the outer graph: loss and count must be whole on every rank
         self.choices = choices
         self.owned = owned or {}  # arguments of block calls that live inside the block: they never move
         self.degree = degree
@@ -96,9 +98,10 @@ class Localizer:
         if reader.op == "output":
             choice = self.choices.get("output")
             inputs = [parse(c) for c in choice.inputs] if choice else [None] * len(sources)
+            whole = self.returns_loss and "sends" not in reader.meta
             found = []
             for source, q in zip(sources, inputs, strict=True):
-                place = self.placement(source) if q is None else q
+                place = q or (R if whole else self.placement(source))
                 found.append((source, place, wanted(place) if source.meta.get("requires_grad") else None))
             return found
         strategy = self.strategy(reader)

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_serializer, 
 
 from autopar.errors import SpecError, suggestion
 from autopar.spec import library
-from autopar.spec.base import Bandwidth, Count, Efficiency, FlopRate, Memory, NonNegative, Seconds, Spec, build
+from autopar.spec.base import Bandwidth, Count, Efficiency, FlopRate, Memory, NonNegative, Positive, Seconds, Spec, build
 from autopar.spec.quantity import short
 from autopar.spec.source import Source, read
 
@@ -47,6 +47,7 @@ class DeviceSpec(Spec):
     vector_flops_per_second: FlopRate | None = None  # outside of matrix units, float32; default: float32's peak
     kernel_latency: Seconds = 0.0  # launching one kernel
     host_bandwidth: Bandwidth | None = None  # to the host's memory, one direction, for offload
+    share: Positive = 1.0  # of the numbers above one process has: processes that share this machine's cores have less
     efficiency: EfficiencySpec = EfficiencySpec()
 
     @field_validator("flops_per_second")
@@ -206,7 +207,7 @@ def _over(base: Source, changes: Source) -> Source:
 
 
 def _fill_in_this_machine(source: Source) -> None:
-    """``devices_per_host: auto`` is this machine's cores, ``memory: auto`` an even share of its memory."""
+    """``devices_per_host: auto`` is this machine's cores, ``memory: auto`` an even share of its memory (and of its cores)."""
     data = source.data
     if data.get("devices_per_host") == AUTO:
         data["devices_per_host"] = os.cpu_count() or 1
@@ -214,7 +215,8 @@ def _fill_in_this_machine(source: Source) -> None:
     if isinstance(device, dict) and device.get("memory") == AUTO:
         count = data.get("devices_per_host")
         share = this_machines_memory() // count if isinstance(count, int) and count > 0 else this_machines_memory()
-        data["device"] = {**device, "memory": share}
+        cores = (os.cpu_count() or 1) / count if isinstance(count, int) and count > 0 else 1.0
+        data["device"] = {**device, "memory": share, "share": device.get("share", min(1.0, cores))}
 
 
 def this_machines_memory() -> int:
