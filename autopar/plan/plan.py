@@ -163,8 +163,8 @@ class Read(Sparse):
 
 
 class NodeFacts(Sparse):
-    """One node for one micro-batch on one device. ``reads`` is in the order of its choice's ``inputs`` (of a block's call:
-    without the parameters); ``type`` as in a program's text, ``f32[2, 16, 64]``; seconds of computing alone."""
+    """One node for one micro-batch on one device. ``reads`` is in the order of its choice's ``inputs``; ``type`` as in a
+    program's text, ``f32[2, 16, 64]``; seconds of computing alone."""
 
     op: str = ""
     type: str = ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from autopar.plan.names import starred
 from autopar.plan.page.html import Markup, number, section, table, tag
 from autopar.plan.page.program import badge, finder
-from autopar.plan.page.source import LINE, starred
+from autopar.plan.page.source import LINE
 from autopar.plan.plan import PlanDocument
 
 

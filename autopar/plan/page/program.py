@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from itertools import groupby
 
+from autopar.plan.edges import Edge
+from autopar.plan.names import starred
 from autopar.plan.page.html import Child, Markup, section, tag
-from autopar.plan.page.source import Graph, Line, graphs, starred
-from autopar.plan.plan import PlanDocument, Read
+from autopar.plan.page.source import Graph, Line, graphs
+from autopar.plan.plan import PlanDocument
 from autopar.spec.quantity import show_seconds
 
-STORED = ("parameter", "buffer", "constant")
+STORED = ("parameter", "buffer", "constant", "placeholder")
 MANY = 8  # so many runs of alike calls are named, more are counted
 FOLDED = 6  # so many parameters or calls in a row are folded into one line
+
+
+@dataclass
+class Shown:
+    """A graph being written: its lines by name, the seconds of the longest, whether seconds are known, moves so far."""
+
+    made: dict[str, Line]
+    most: float
+    priced: bool
+    paid: dict[Hashable, str] = field(default_factory=dict)
 
 
 def program(document: PlanDocument, text: str | None) -> Markup:
@@ -44,14 +57,15 @@ def _graph(graph: Graph, priced: bool) -> Markup:
     about = f"{len(graph.lines)} nodes" + (
         f", {show_seconds(took)} of compute" + (" each" if times else "") if took else ""
     )
-    most = max((line.seconds for line in graph.lines), default=0.0)
-    made = {line.name: line for line in graph.lines}
+    shown = Shown(
+        {line.name: line for line in graph.lines}, max((line.seconds for line in graph.lines), default=0.0), priced
+    )
     rows: list[Child] = []
     for kind, run in groupby(graph.lines, key=_fold_key):
         lines = list(run)
         folded = kind and len(lines) >= FOLDED
         alike = _families(lines) if folded and kind == "stored" else {i: [line] for i, line in enumerate(lines)}
-        body = [_line(group[0], made, most, priced, len(group)) for group in alike.values()]
+        body = [_line(group[0], shown, len(group)) for group in alike.values()]
         rows.append(_folded(kind, lines, body) if folded else body)
     if graph.returns:
         rows.append(tag("div", tag("code", graph.returns), cls="node returns"))
@@ -69,7 +83,7 @@ def _families(lines: list[Line]) -> dict[Hashable, list[Line]]:
     """Parameters whose names differ in a number alone, of one type and placement."""
     found: dict[Hashable, list[Line]] = {}
     for line in lines:
-        found.setdefault((starred(line.code), line.type, line.choice), []).append(line)
+        found.setdefault((starred(line.code or line.name), line.type, line.choice), []).append(line)
     return found
 
 
@@ -84,13 +98,13 @@ def _folded(kind: str, lines: list[Line], body: list[Markup]) -> Markup:
     return tag("details", tag("summary", text), body, cls=f"run {kind}")
 
 
-def _line(line: Line, made: dict[str, Line], most: float, priced: bool, count: int = 1) -> Markup:
-    name, code = line.name, _spared(line, made)
+def _line(line: Line, graph: Shown, count: int = 1) -> Markup:
+    name, code = line.name, _spared(line, graph.made)
     if count > 1:
         name, code = starred(name), starred(code)
     times = tag("span", f" × {count}", cls="times") if count > 1 else None
     left = tag("code", tag("span", f"%{name}", cls="name"), [" = ", _code(code)] if code else None, times)
-    moved = [_move(line, i, read, made) for i, read in enumerate(line.reads)]
+    moved = [_move(edge, line, graph.paid) for edge in line.edges if edge.moves] if line.kind != "item" else None
     placed = line.choice
     badges = [badge(p) for p in placed.outputs] if placed else None
     special = tag("span", placed.special, cls="special") if placed and placed.special else None
@@ -99,8 +113,8 @@ def _line(line: Line, made: dict[str, Line], most: float, priced: bool, count: i
         tag("div", line.type, cls="type"),
         tag("div", badges, special, cls="badges", title=strategy(line)),
     ]
-    if priced:
-        cells.append(tag("div", _took(line, most), cls="took"))
+    if graph.priced:
+        cells.append(tag("div", _took(line, graph.most), cls="took"))
     return tag("div", cells, cls=f"node {line.kind}", data_node=line.name)
 
 
@@ -133,28 +147,12 @@ def _code(code: str) -> Child:
     return [tag("span", code[:cut], cls="op"), tag("span", code[cut:], cls="args")]
 
 
-def _move(line: Line, position: int, read: Read, made: dict[str, Line]) -> Markup | None:
-    """What an operand goes through before the node reads it, where it is not wanted as it is made."""
-    source = made.get(read.node)
-    wanted = line.choice.inputs[position] if line.choice and len(line.choice.inputs) == len(line.reads) else ""
-    have = source.choice.outputs[0] if source and source.choice and source.choice.outputs else ""
-    if line.kind in ("call", "item") or not have or not wanted:
-        return None
-    if have == wanted and read.forward == read.backward == "none":
-        return None
-    names = [name.replace("_", "-") for name in (read.forward, read.backward)]
-    seconds = read.forward_seconds + read.backward_seconds
-    how = f" {names[0]}, back {names[1]}" if read.forward != "none" or read.backward != "none" else ""
-    cost = f" · {show_seconds(seconds)}" if seconds else ""
-    return tag(
-        "div",
-        f"↳ %{read.node} ",
-        badge(have),
-        " → ",
-        badge(wanted),
-        tag("span", f"{how}{cost}", cls="muted"),
-        cls="move",
-    )
+def _move(edge: Edge, line: Line, paid: dict[Hashable, str]) -> Markup:
+    """What an operand goes through before the node reads it; a move that several readers share is charged to the first."""
+    first = paid.setdefault(edge.key, line.name)
+    how = edge.how() if first == line.name else f"shared with %{first}"
+    places = [badge(edge.made), " → ", badge(edge.wanted)] if edge.made != edge.wanted else badge(edge.made)
+    return tag("div", f"↳ %{edge.read.node} ", places, tag("span", f" {how}", cls="muted"), cls="move")
 
 
 def _took(line: Line, most: float) -> Child:

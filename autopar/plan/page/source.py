@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from autopar.plan.edges import Edge, edges
 from autopar.plan.plan import Choice, NodeFacts, PlanDocument, Read
 
 HEAD = re.compile(r"(\S+)(?: × (\d+))? \{")
 LINE = re.compile(r"  %(\S+?): (.*?) = (.*)")
 OPERAND = re.compile(r"%([\w.]+)")
-NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 STORED = ("parameter", "buffer", "constant", "input")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One node. ``code`` is its right-hand side; ``kind`` one of input, parameter, buffer, constant, call, item, operator."""
+    """One node. ``code`` is its right-hand side; ``kind`` one of input, parameter, buffer, constant,
+    placeholder (one of these), call, item, operator."""
 
     name: str
     type: str
@@ -25,6 +26,7 @@ class Line:
     kind: str
     reads: tuple[Read, ...]
     choice: Choice | None
+    edges: tuple[Edge, ...]
     facts: NodeFacts | None
 
     @property
@@ -61,10 +63,11 @@ def _from_text(document: PlanDocument, program: str) -> Iterator[Graph]:
 
 
 def _line(document: PlanDocument, graph: str, name: str, type: str, code: str) -> Line:
-    choice = document.plan.choices.get(graph, {}).get(name)
+    choices = document.plan.choices.get(graph, {})
+    choice = choices.get(name)
     facts = document.nodes.get(graph, {}).get(name)
     reads = facts.reads if facts else tuple(Read(node=n) for n in OPERAND.findall(code))
-    return Line(name, type, code, _kind(code), reads, choice, facts)
+    return Line(name, type, code, _kind(code), reads, choice, tuple(edges(choice, reads, choices)), facts)
 
 
 def _kind(code: str) -> str:
@@ -75,22 +78,20 @@ def _kind(code: str) -> str:
     return "item" if operator == "getitem" else "operator" if "." in operator else "call"
 
 
-def starred(name: str) -> str:
-    """``blocks.*.norm.weight`` for ``blocks.12.norm.weight``: what names that differ in a number alone have in common."""
-    return NUMBER.sub("*", name)
-
-
 def _from_plan(document: PlanDocument) -> Iterator[Graph]:
     """Placeholders have choices but no facts, so all that a plan tells of them is a name and a placement."""
     calls = [f.op for f in document.nodes.get("program", {}).values()]
     for name, choices in document.plan.choices.items():
         nodes = document.nodes.get(name, {})
-        lines = tuple(_known(node, choice, nodes.get(node)) for node, choice in choices.items())
+        lines = tuple(_known(node, choices, nodes.get(node)) for node in choices)
         yield Graph(name, 1 if name == "program" else calls.count(name), lines)
 
 
-def _known(name: str, choice: Choice, facts: NodeFacts | None) -> Line:
+def _known(name: str, choices: Mapping[str, Choice], facts: NodeFacts | None) -> Line:
+    choice = choices[name]
     if facts is None:
-        return Line(name, "", "", "operator" if choice.inputs else "input", (), choice, None)
+        return Line(name, "", "", "operator" if choice.inputs else "placeholder", (), choice, (), None)
     code = f"{facts.op}({', '.join(f'%{r.node}' for r in facts.reads)})"
-    return Line(name, facts.type, code, _kind(code), facts.reads, choice, facts)
+    return Line(
+        name, facts.type, code, _kind(code), facts.reads, choice, tuple(edges(choice, facts.reads, choices)), facts
+    )
