@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from autopar.ir.causal import causal_masks
+from autopar.ir.importer import is_impure
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass
 from autopar.ir.shapes import infer, same_shape
+from autopar.ir.unread import sweep
 
 aten = torch.ops.aten
 
@@ -55,11 +57,9 @@ class Canonicalize(Pass):
             for node in list(graph.nodes):
                 if node.op == "call_function":
                     functionalize(graph, node)
-            clean(graph)
+            graph.eliminate_dead_code(is_impure)
         causal_masks(program)
-        drop_unused_arguments(program)
-        for _, graph in program.graphs():
-            clean(graph)
+        sweep(program)
 
 
 def simplify(graph: fx.Graph, node: fx.Node) -> None:
@@ -175,21 +175,3 @@ def unflattened(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         if kept and wide and [str(s) for s in lead] == [str(s) for s in final]:
             return source, users[0]
     return x, node
-
-
-def drop_unused_arguments(program: Program) -> None:
-    """Block placeholders that nobody reads any more, and the arguments of their calls."""
-    for name, graph in program.blocks.items():
-        places = [n for n in graph.nodes if n.op == "placeholder"]
-        dead = {i for i, n in enumerate(places) if not n.users}
-        for call in program.calls():
-            if call.target == name:
-                call.args = tuple(a for i, a in enumerate(call.args) if i not in dead)
-        for i in dead:
-            graph.erase_node(places[i])
-
-
-def clean(graph: fx.Graph) -> None:
-    from autopar.ir.importer import is_impure
-
-    graph.eliminate_dead_code(lambda n: (is_impure(n) and n.op != "placeholder") or n.meta.get("kind") == "input")

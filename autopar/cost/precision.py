@@ -46,7 +46,14 @@ class Precision:
 
     @staticmethod
     def of(program: Program, options: Mapping[str, Any] | None = None) -> Precision:
-        """As the program was traced; ``options`` (``compute, master, reduce``) are those of the pass mixed_precision."""
+        """As the program was traced; ``options`` (``compute, master, reduce``) are those of the pass mixed_precision.
+
+        A program that the pass has rewritten says so itself: the casts are in its graph, every dtype is as it runs.
+        """
+        if program.precision is not None:
+            cast = {k: dtype_named(v, torch.float32) for k, v in program.precision.items()}
+            compute, master, frozen, reduce = (cast[k] for k in ("compute", "master", "frozen", "reduce"))
+            return Precision(compute, compute, master, frozen, master, master, reduce)
         weights = Counter[torch.dtype]()
         for p in program.parameters.values():
             if p.dtype.is_floating_point:

@@ -154,19 +154,24 @@ def shares(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
 
-def parameter(v: Value) -> fx.Node | None:
-    """The parameter placeholder a value is a view of, or None."""
+def origin(v: Value) -> fx.Node:
+    """The node a value is a view or a cast of. The half-precision copy of a parameter counts as the parameter: what
+    copies take is priced with the parameters, not with the activations."""
     node = v[0]
-    while is_view(node) and reads(node):
+    while (is_view(node) or op_name(node) == "to") and reads(node):
         node = reads(node)[0][0]
+    return node
+
+
+def parameter(v: Value) -> fx.Node | None:
+    """The parameter placeholder a value is a view or a cast of, or None."""
+    node = origin(v)
     return node if node.op == "placeholder" and node.meta.get("kind") == "parameter" else None
 
 
 def stored(v: Value) -> bool:
-    """Whether a value is a view of a parameter, a buffer or a constant: no activation."""
-    node = v[0]
-    while is_view(node) and reads(node):
-        node = reads(node)[0][0]
+    """Whether a value is a view or a cast of a parameter, a buffer or a constant: no activation."""
+    node = origin(v)
     return node.op == "placeholder" and node.meta.get("kind") in ("parameter", "buffer", "constant")
 
 

@@ -51,6 +51,7 @@ def placeholder(graph: fx.Graph, node: fx.Node, called: str) -> fx.Node:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         new = graph.placeholder(called)
+    new.target = new.name  # what generated code calls the argument; fx makes only the name unique
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), value
     new.meta = {"kind": "input", "name": new.name, "path": "", "val": value, "requires_grad": False}

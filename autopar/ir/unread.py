@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+from autopar.ir.importer import is_impure
 from autopar.ir.program import Program
 
 
@@ -43,14 +44,9 @@ def drop_unread_arguments(program: Program) -> None:
 
 
 def sweep(program: Program) -> None:
-    """Drop what nobody reads, in blocks and around them."""
-    from autopar.ir.importer import is_impure
-
-    def stays(node) -> bool:  # noqa: ANN001
-        return (is_impure(node) and node.op != "placeholder") or node.meta.get("kind") == "input"
-
+    """Drop what nobody reads: blocks' results and arguments, calls, and parameters and buffers; the batch stays."""
     drop_unread_results(program)
-    for _ in range(2):  # arguments that go may leave their makers unread
-        for _, graph in program.graphs():
-            graph.eliminate_dead_code(stays)
-        drop_unread_arguments(program)
+    for _, graph in program.graphs():
+        graph.eliminate_dead_code(is_impure)
+    drop_unread_arguments(program)
+    program.graph.eliminate_dead_code(lambda n: n.meta["kind"] == "input" if n.op == "placeholder" else is_impure(n))
