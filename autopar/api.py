@@ -85,6 +85,7 @@ def program_of(job: Job, cache: Cache | None = None) -> tuple[Program, float]:
     """The rewritten program of a job, traced without weights, and the seconds it took; ``cache`` holds earlier ones."""
     from autopar.models.batch import example_batch
     from autopar.models.load import build
+    from autopar.spec.check import check_length, sizes
 
     assert job.model is not None and job.batch is not None, "check_job runs before"
     cache = {} if cache is None else cache
@@ -92,9 +93,11 @@ def program_of(job: Job, cache: Cache | None = None) -> tuple[Program, float]:
     if key not in cache:
         start = time.perf_counter()
         model = build(job.model, meta=True, seed=job.train.seed)
-        batch = example_batch(model, 2, job.batch.length, source=job.model)
+        positions = sizes(job.model).positions or job.batch.length
+        batch = example_batch(model, 2, min(job.batch.length, positions), source=job.model)
         program = rewrite(trace(model, batch), job.passes)
         cache[key] = program, time.perf_counter() - start
+    check_length(job)
     return cache[key]
 
 
