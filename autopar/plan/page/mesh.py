@@ -19,7 +19,8 @@ def mesh(document: PlanDocument) -> Markup:
     if shown < shape.dp:
         more = tag("div", tag("b", f"× {shape.dp:,}"), tag("span", f"replicas; {shown} drawn"), cls="more")
     axes = tag("dl", [[tag("dt", tag("b", a), f" {n}"), tag("dd", what)] for a, n, what in axes_of(plan)], cls="axes")
-    note = f"{shape.devices:,} devices: the number in a cell is the device's rank, its colour the pipeline rank."
+    count = f"{shape.devices:,} device{'s' * (shape.devices > 1)}"
+    note = f"{count}: the number in a cell is the device's rank, its colour the pipeline rank."
     return section("mesh", "Mesh", note, axes, tag("div", panels, more, cls="replicas"))
 
 

@@ -14,6 +14,7 @@ from autopar.spec.quantity import show_seconds
 
 WIDTH, LEFT, ROW, GAP = 1060.0, 64.0, 26.0, 34.0
 LABEL = 15.0  # a box at least so wide has its micro-batch's number
+BOXES = 100  # a row with at most so many boxes is drawn whole
 PERIODS = 26.0  # a window shows at most the time of so many micro-batches
 Event = tuple[int, Action, float, float]
 CLASSES = ("f", "b", "w")
@@ -80,6 +81,8 @@ def simulated(plan: Plan) -> Timeline | None:
 
 def windows_of(plan: Plan, done: Timeline) -> list[Window]:
     """All of a short step; of a long one its beginning, a piece of the middle, and its end."""
+    if 2 * plan.microbatches * plan.virtual_stages <= BOXES:
+        return _laid([(0.0, done.seconds)])
     period = max(done.busy) / plan.microbatches
     most = PERIODS / max(1, plan.virtual_stages) * period
     first = max(min((e for _, (k, _, _), _, e in done.events if k == BACKWARD), default=0.0), 0.0)
