@@ -6,6 +6,7 @@ from autopar.plan.page.html import Markup, joined, section, tag
 from autopar.plan.plan import Cost, PlanDocument
 from autopar.spec.quantity import show_seconds
 
+CHARACTER = 0.008  # of a bar's width: what a character of its label takes
 PARTS = (
     ("compute", "compute", "operators, recompute included"),
     ("exposed_communication", "exposed communication", "collectives that nothing hides"),
@@ -35,7 +36,8 @@ def ledger(document: PlanDocument) -> Markup:
 
 
 def _part(key: str, name: str, share: float, seconds: float) -> Markup:
-    label = f"{name} {share:.0%}" if share > 0.12 else ""
+    text = f"{name} {share:.0%}"
+    label = text if share > CHARACTER * (len(text) + 3) else ""
     return tag(
         "span", label, cls=f"part {key}", style=f"width:{share * 100:.3f}%", title=f"{name}: {show_seconds(seconds)}"
     )

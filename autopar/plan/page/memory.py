@@ -66,7 +66,7 @@ def _row(plan: Plan, rank: int, held: Bytes | None, top: int, limit: int, scale:
     mark = tag("span", cls="limit", style=left, title=f"limit: {show_bytes(limit)}") if limit else None
     share = tag("small", f" {top / limit:.0%}") if limit else None
     value = tag("span", show_bytes(top), share, cls="num over" if 0 < limit < top else "num")
-    about = tag("small", blocks_of(plan, rank), tag("br"), recompute_of(plan, rank))
+    about = tag("small", f"{blocks_of(plan, rank)} · {recompute_of(plan, rank)}")
     name = tag("div", tag("b", label_of(plan, rank)), about, cls="name")
     return tag("div", name, tag("div", parts, mark, cls="bar"), value, cls="rank", data_rank=rank, data_bytes=top)
 

@@ -73,7 +73,7 @@ def _replica(plan: Plan, d: int) -> Markup:
     head = tag(
         "div", f"replica {d}" if shape.dp > 1 else "all devices", tag("span", _across(shape), cls="arrow"), cls="head"
     )
-    return tag("div", head, rows, cls="replica")
+    return tag("div", head, rows, cls="replica", style=f"--digits:{len(str(shape.devices - 1))}")
 
 
 def _across(shape: MeshShape) -> str:

@@ -13,7 +13,7 @@ from autopar.plan.plan import Plan, PlanDocument
 from autopar.spec.quantity import show_seconds
 
 WIDTH, LEFT, ROW, GAP = 1060.0, 64.0, 26.0, 34.0
-LABEL = 15.0  # a box at least so wide has its micro-batch's number
+DIGIT = 6.4  # what a digit of a micro-batch's number takes; boxes that are too narrow go without it
 BOXES = 100  # a row with at most so many boxes is drawn whole
 PERIODS = 26.0  # a window shows at most the time of so many micro-batches
 Event = tuple[int, Action, float, float]
@@ -159,5 +159,5 @@ def _boxes(plan: Plan, events: list[Event], window: Window) -> Iterator[Markup]:
         tone = stage // plan.mesh.pp % 4
         look = {"cls": f"{CLASSES[kind]} v{tone}", "data_m": microbatch, "data_s": stage}
         yield tag("rect", x=x, y=2, width=max(0.4, width - 0.6), height=ROW - 4, **look)
-        if width >= LABEL and start >= window.start and end <= window.end:
+        if width >= DIGIT * (len(str(microbatch)) + 1) and start >= window.start and end <= window.end:
             yield tag("text", microbatch, x=x + width / 2, y=17, cls="mb")
