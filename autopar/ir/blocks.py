@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from autopar.ir.capture import Capture
+from autopar.ir.capture import Capture, MismatchError, UnfoldableError
 from autopar.ir.importer import is_impure
 from autopar.ir.markers import BLOCK, ENTER, LEAVE
 from autopar.ir.text import graph_text
-
-
-class MismatchError(Exception):
-    """Instances that should be equal are not, or a block leaks: trace in full, or without folding."""
 
 
 @dataclass
@@ -61,68 +57,100 @@ def segments(graph: fx.Graph, capture: Capture) -> list[Segment]:
     return found
 
 
-def fold(graph: fx.Graph, capture: Capture, name_of: Callable[[fx.Node], str]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
+@dataclass
+class Folding:
+    """All that is known while a graph is folded."""
+
+    capture: Capture
+    aliases: dict[str, list[str]]  # the name of a tensor's placeholder → all its names
+    segments: list[Segment]
+    bodies: dict[str, Body] = field(default_factory=dict)  # call → what was made of it
+    block_of: dict[str, str] = field(default_factory=dict)  # a body's text → the block's name
+    first: dict[str, Body] = field(default_factory=dict)  # call key → the body that stands for its opaque calls
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return dict(self.capture.calls)
+
+
+def fold(graph: fx.Graph, capture: Capture, alias_of: dict[str, str | None]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
     """The outer graph, with one `call_module` per instance, and the distinct blocks.
 
-    ``name_of`` gives a placeholder's original name. Raises `MismatchError` where folding would be wrong.
+    Raises `MismatchError` or `UnfoldableError` where folding would be wrong.
     """
-    found = segments(graph, capture)
-    names = capture.names
-    bodies = {s.call: body(s, names[s.key], name_of) for s in found}
+    folding = Folding(capture, aliases(graph, alias_of), segments(graph, capture))
     blocks: dict[str, fx.Graph] = {}
-    by_text: dict[str, str] = {}
-    by_key: dict[str, list[str]] = {}
-    for segment in found:
-        made = bodies[segment.call]
-        if made.text not in by_text:
-            by_text[made.text] = f"block_{len(blocks)}"
-            blocks[by_text[made.text]] = made.graph
-        by_key.setdefault(segment.key, []).append(segment.call)
-    opaque = {n.args[1].split("#")[0] for n in graph.nodes if n.target is BLOCK}
+    for segment in folding.segments:
+        made = folding.bodies[segment.call] = body(segment, folding)
+        if made.text not in folding.block_of:
+            folding.block_of[made.text] = f"block_{len(blocks)}"
+            blocks[folding.block_of[made.text]] = made.graph
+        folding.first.setdefault(segment.key, made)
+    check_alike(graph, folding)
+    return outer_graph(graph, folding), blocks
+
+
+def aliases(graph: fx.Graph, alias_of: dict[str, str | None]) -> dict[str, list[str]]:
+    """Every name of the tensor behind a placeholder, by the name the placeholder has."""
+    kept = {n.meta["name"] for n in graph.nodes if n.op == "placeholder"}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, first in alias_of.items():
+        groups[first or name].append(name)
+    return {name: names for names in groups.values() for name in names if name in kept}
+
+
+def check_alike(graph: fx.Graph, folding: Folding) -> None:
+    """What stands for opaque calls must be what every inline instance of the same key came to."""
+    opaque = {str(n.args[1]).split("#")[0] for n in graph.nodes if n.target is BLOCK}
     for key in opaque:
-        texts = {bodies[c].text for c in by_key[key]}
-        outer = {tuple(s for s in bodies[c].sources if s[0] == "outer") for c in by_key[key]}
-        if len(texts) > 1 or len(outer) > 1:
-            raise MismatchError(f"instances of {dict(capture.calls)[by_key[key][0]]} differ")
-    return outer_graph(graph, found, bodies, by_text, by_key, capture, name_of), blocks
+        inline = [folding.bodies[s.call] for s in folding.segments if s.key == key]
+        outer = {tuple(s for s in made.sources if s[0] == "outer") for made in inline}
+        if len({made.text for made in inline}) > 1 or len(outer) > 1:
+            path = next(s.path for s in folding.segments if s.key == key)
+            raise MismatchError(f"{path} differs from a block of the same structure")
 
 
-def body(segment: Segment, names: list[str], name_of: Callable[[fx.Node], str]) -> Body:
+def body(segment: Segment, folding: Folding) -> Body:
     """A segment as a graph of its own."""
     if segment.leave is None:
-        raise MismatchError(f"{segment.path} never returned")
+        raise UnfoldableError(f"{segment.path} never returned")
     inside = set(segment.nodes)
     new, env = fx.Graph(), {}
     sources: list[tuple[str, Any]] = []
     for node in arguments_first(segment, inside):
-        if node in env:
-            continue
-        if node.target is operator.getitem and node.args[0] is segment.enter:
-            index = node.args[1]
-            env[node] = placeholder(new, names[index], node, "input", names[index])
-            sources.append(("argument", index))
-        elif node.op == "placeholder":
-            name = name_of(node)
-            relative = name.removeprefix(segment.path + ".") if name.startswith(segment.path + ".") else None
-            env[node] = placeholder(new, relative or name, node, node.meta["kind"], relative or name)
-            kind = node.meta["kind"]
-            shared = ("outer", node) if relative is None and kind != "constant" else ("relative", relative)
-            sources.append(("constant", node) if kind == "constant" else shared)
-        else:
-            env[node] = placeholder(new, node.name, node, "input", node.name)
-            sources.append(("outer", node))
+        if node not in env:
+            label, name, source = taken_in(node, segment, folding)
+            kind = node.meta["kind"] if node.op == "placeholder" else "input"
+            env[node] = placeholder(new, label, node, kind, name)
+            sources.append(source)
     for node in segment.nodes:
         if node.target is operator.getitem and node.args[0] is segment.enter:
             continue
         escaped = [u for u in node.users if u not in inside and u is not segment.leave]
         if escaped:
-            raise MismatchError(f"{segment.path}: {node.name} is read outside the block by {escaped[0].name}")
+            raise UnfoldableError(f"{segment.path}: {node.name} is read outside the block by {escaped[0].name}")
         env[node] = new.node_copy(node, lambda n: env[n])
         env[node].meta = relative_meta(node, segment.path)
     rename(new)
-    new.output(tuple(env[n] for n in segment.leave.args[0]))
+    new.output(tuple(env[n] for n in segment.leave.args[0]))  # type: ignore[union-attr]
     new.eliminate_dead_code(is_impure)
     return Body(new, sources, graph_text(new))
+
+
+def taken_in(node: fx.Node, segment: Segment, folding: Folding) -> tuple[str, str, tuple[str, Any]]:
+    """What a block reads from outside: its label and name in the block, and where each instance's comes from."""
+    if node.target is operator.getitem and node.args[0] is segment.enter:
+        index = int(node.args[1])  # type: ignore[arg-type]
+        called = folding.capture.names[segment.key][index]
+        return called, called, ("argument", index)
+    if node.op != "placeholder":
+        return node.name, node.name, ("outer", node)
+    name = node.meta["name"]
+    own = [n for n in folding.aliases.get(name, [name]) if n.startswith(segment.path + ".")]
+    if not own:
+        return name, name, ("constant" if node.meta["kind"] == "constant" else "outer", node)
+    relative = own[0].removeprefix(segment.path + ".")
+    return relative, relative, ("relative", relative)
 
 
 def arguments_first(segment: Segment, inside: set[fx.Node]) -> list[fx.Node]:
@@ -169,56 +197,39 @@ def rename(graph: fx.Graph) -> None:
             node.name = base if counts[base] == 0 else f"{base}_{counts[base]}"
 
 
-def outer_graph(
-    graph: fx.Graph,
-    found: list[Segment],
-    bodies: dict[str, Body],
-    by_text: dict[str, str],
-    by_key: dict[str, list[str]],
-    capture: Capture,
-    name_of: Callable[[fx.Node], str],
-) -> fx.Graph:
+def outer_graph(graph: fx.Graph, folding: Folding) -> fx.Graph:
     """The graph with every instance replaced by a call of its block."""
-    placeholders = {name_of(n): n for n in graph.nodes if n.op == "placeholder"}
-    inside = {n for s in found for n in s.nodes}
-    enters = {s.enter: s for s in found}
-    leaves = {s.leave: s for s in found}
-    paths = dict(capture.calls)
-    new, env, arguments = fx.Graph(), {}, {}
+    holders = {n.meta["name"]: n for n in graph.nodes if n.op == "placeholder"}
+    holders |= {name: holders[kept] for kept, names in folding.aliases.items() for name in names}
+    inside = {n for s in folding.segments for n in s.nodes}
+    leaves = {s.leave: s for s in folding.segments}
+    enters = {s.enter for s in folding.segments}
+    new, env = fx.Graph(), {}
 
-    def call(made: Body, xs: list[fx.Node], path: str, node: fx.Node) -> None:
-        args = []
-        for kind, value in made.sources:
+    def call(made: Body, given: Any, path: str, node: fx.Node) -> None:
+        def source(kind: str, value: Any) -> fx.Node:
             if kind == "argument":
-                args.append(env[xs[value]])
-            elif kind == "relative":
-                args.append(env[placeholders[f"{path}.{value}"]])
-            else:
-                args.append(env[value])
-        made_call = new.call_module(by_text[made.text], tuple(args))
-        made_call.meta.update(val=node.meta["val"], path=path)
-        env[node] = made_call
+                return env[given[value]]
+            return env[holders[f"{path}.{value}"] if kind == "relative" else value]
+
+        args = tuple(source(*s) for s in made.sources)
+        env[node] = new.call_module(folding.block_of[made.text], args)
+        env[node].meta.update(val=node.meta["val"], path=path)
 
     for node in graph.nodes:
-        if node in inside:
+        if node in inside or node in enters:
             continue
-        if node in enters:
-            arguments[enters[node].call] = node.args[0]
-        elif node in leaves:
+        if node in leaves:
             segment = leaves[node]
-            call(bodies[segment.call], arguments[segment.call], segment.path, node)
+            call(folding.bodies[segment.call], segment.enter.args[0], segment.path, node)
         elif node.target is BLOCK:
-            representative = bodies[by_key[node.args[1].split("#")[0]][0]]
-            call(representative, node.args[0], paths[node.args[1]], node)
+            name = str(node.args[1])
+            call(folding.first[name.split("#")[0]], node.args[0], folding.paths[name], node)
         else:
             env[node] = new.node_copy(node, lambda n: env[n])
             env[node].meta = dict(node.meta)
     new.eliminate_dead_code(lambda n: is_impure(n) and n.op != "placeholder" or n.meta.get("kind") == "input")
     rename(new)
-    rename_calls(new)
-    return new
-
-
-def rename_calls(graph: fx.Graph) -> None:
-    for i, node in enumerate(n for n in graph.nodes if n.op == "call_module"):
+    for i, node in enumerate(n for n in new.nodes if n.op == "call_module"):
         node.name = f"call_{i}"
+    return new

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.ir.capture import CustomFunction, Slot
+from autopar.ir.custom import CustomFunction, Slot
 from autopar.ir.markers import FUNCTION
 
 

@@ -79,7 +79,7 @@ def device_of(batch: dict[str, Any]) -> torch.device:
 
 
 def example_sizes_of(batch: dict[str, Any], program: Program) -> tuple[int, ...]:
-    from autopar.ir.trace import sizes_of
+    from autopar.ir.inputs import sizes_of
 
     return tuple(sizes_of({k: batch[k] for k in program.inputs})[k] for k in example_sizes(program))
 

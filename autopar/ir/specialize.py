@@ -41,7 +41,7 @@ def specialize(program: Program, *, batch: int | None = None, length: int | None
 
 
 def example_sizes(program: Program) -> dict[str, int]:
-    from autopar.ir.trace import sizes_of
+    from autopar.ir.inputs import sizes_of
 
     return sizes_of(program.inputs)
 
@@ -131,7 +131,9 @@ def annotate(program: Program, sizes: dict[str, int]) -> None:
     names = {s: meaning(program, s) for s in program.sizes}
     for body in program.blocks.values():
         for place in (n for n in body.nodes if n.op == "placeholder"):
-            place.meta["requires_grad"] = False  # what calls say is added up below; a pass may have frozen weights since
+            place.meta["requires_grad"] = (
+                False  # what calls say is added up below; a pass may have frozen weights since
+            )
     for node in program.graph.nodes:
         annotate_node(node, names, sizes, program)
         if node.op == "call_module":

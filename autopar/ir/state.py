@@ -1,0 +1,173 @@
+"""What a model keeps on itself while it runs: noticed, undone after a trace, and refused where a later run would read it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from autopar.errors import TraceError
+from autopar.ir.signature import Instance, attributes, dotted
+
+
+class StashError(Exception):
+    """Forward assigns tensors to attributes: trace again without what is there before the first assignment."""
+
+    def __init__(self, stashes: set[tuple[str, str]]) -> None:
+        super().__init__(", ".join(sorted(dotted(p, n) for p, n in stashes)))
+        self.stashes = stashes
+
+
+# ------------------------------------------------------------------ attributes that nobody should read
+
+
+class Hidden:
+    """Attributes taken out of their modules for a while; reading one calls back, then gives the value (or raises)."""
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[int, str], tuple[nn.Module, Callable[[], Any]]] = {}
+
+    def add_numbers(self, block: nn.Module, instance: Instance, read: Callable[[str], None]) -> None:
+        """The attributes that number a block's layer; ``read(name)`` is called before one is given."""
+        for path, module in block.named_modules():
+            for name, value in attributes(module).items():
+                label = dotted(path, name)
+                if label in instance.numbers:
+                    self.table[id(module), name] = module, noted(read, label, value)
+
+    def add_stashes(self, root: nn.Module, stashes: Iterable[tuple[str, str]]) -> None:
+        """Attributes that forward assigns; reading one before that is an error, not a value."""
+        for path, name in stashes:
+            module = root.get_submodule(path)
+            self.table[id(module), name] = module, refused(path, name, module)
+
+
+def noted(read: Callable[[str], None], label: str, value: Any) -> Callable[[], Any]:
+    def give() -> Any:
+        read(label)
+        return value
+
+    return give
+
+
+def refused(path: str, name: str, module: nn.Module) -> Callable[[], Any]:
+    where = f"{path.removeprefix('model').lstrip('.') or 'the model'} ({type(module).__name__})"
+
+    def give() -> Any:
+        raise TraceError(
+            f"{where} cannot be traced: it reads {name!r}, which an earlier call assigned; a model that keeps state from "
+            "call to call must keep it in a buffer, changed in place"
+        )
+
+    return give
+
+
+@contextlib.contextmanager
+def hidden_attributes(hidden: Hidden) -> Iterator[None]:
+    """Take the attributes out; `nn.Module.__getattr__`, which Python asks for what is missing, gives them."""
+    original = nn.Module.__getattr__
+    kept: list[tuple[nn.Module, str, Any]] = []
+
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        entry = hidden.table.get((id(self), name))
+        return original(self, name) if entry is None else entry[1]()
+
+    try:
+        for (_, name), (module, _) in hidden.table.items():
+            if name in vars(module):
+                kept.append((module, name, vars(module).pop(name)))
+        nn.Module.__getattr__ = __getattr__  # type: ignore[method-assign]
+        yield
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+        for module, name, value in kept:
+            vars(module)[name] = value
+
+
+# ------------------------------------------------------------------ what changes
+
+
+def state_of(module: nn.Module) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The attributes of a module and its children by dotted name, and what containers and plain objects among them hold."""
+    return {
+        dotted(path, name): (value, contents(value))
+        for path, child in module.named_modules()
+        for name, value in attributes(child).items()
+        if name != "forward"
+    }
+
+
+def contents(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (list, tuple, set, frozenset)) and not isinstance(value, torch.Tensor):
+        return tuple(value)
+    if isinstance(value, dict):
+        return (*value.keys(), *value.values())
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or callable(value):
+        return ()
+    held = getattr(value, "__dict__", {})
+    return (*held.keys(), *held.values())
+
+
+def changes(before: dict[str, tuple[Any, tuple[Any, ...]]], after: dict[str, tuple[Any, tuple[Any, ...]]]) -> list[str]:
+    """The names of what was added, removed, replaced or filled."""
+    return [n for n in (*before, *(k for k in after if k not in before)) if not same(before.get(n), after.get(n))]
+
+
+def same(a: tuple[Any, tuple[Any, ...]] | None, b: tuple[Any, tuple[Any, ...]] | None) -> bool:
+    if a is None or b is None:
+        return False
+    return a[0] is b[0] and len(a[1]) == len(b[1]) and all(x is y for x, y in zip(a[1], b[1], strict=True))
+
+
+@contextlib.contextmanager
+def state_restored(root: nn.Module, known: set[tuple[str, str]], notes: list[str]) -> Iterator[None]:
+    """Undo, at the end of ``root``'s forward, what it assigned to attributes of its modules.
+
+    `StashError` if tensors were assigned to others than ``known``; a note of what else changed.
+    """
+    original = root.forward
+
+    @functools.wraps(original)  # export reads the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = {path: dict(attributes(m)) for path, m in root.named_modules()}
+        changed: dict[tuple[str, str], Any] = {}
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            changed = restored(root, before)
+        tensors = {key for key, value in changed.items() if holds_tensor(value)}
+        notes.extend(
+            f"{dotted(*k)} changes from run to run; traced with its value now" for k in changed.keys() - tensors
+        )
+        if tensors - known:
+            raise StashError(tensors - known)
+        return result
+
+    root.forward = forward
+    try:
+        yield
+    finally:
+        del root.forward
+
+
+def restored(root: nn.Module, before: dict[str, dict[str, Any]]) -> dict[tuple[str, str], Any]:
+    """Put attributes back; what was there instead, by (module path, name)."""
+    changed: dict[tuple[str, str], Any] = {}
+    for path, module in root.named_modules():
+        old = before.get(path, {})
+        for name, value in attributes(module).items():
+            if name not in old or old[name] is not value:
+                changed[path, name] = value
+        for name in [n for p, n in changed if p == path]:
+            vars(module).pop(name)
+        vars(module).update(old)
+    return changed
+
+
+def holds_tensor(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value))
