@@ -21,6 +21,7 @@ from autopar.spec.job import Batch, Job, Pins
 
 CLOSE = 1e-4  # a candidate must promise to be this share faster than the best to be looked at
 KEPT = 6  # plans kept as runners-up
+COMPARING = 0.3  # seconds spent on what the nearest other meshes would have cost
 
 
 @dataclass
@@ -75,6 +76,23 @@ class Search:
             self.others.append(made)
 
 
+    def compare(self, found: list[tuple[float, Candidate]], until: float) -> None:
+        """What the nearest other meshes would have cost: bounds ruled them out without a look, people want to see them."""
+        assert self.best is not None
+        looked = {(o.candidate.mesh, o.candidate.zero) for o in (self.best, *self.others)}
+        for _, candidate in found:
+            if len(self.others) >= KEPT or time.perf_counter() > until:
+                return
+            if any(mesh == candidate.mesh for mesh, _ in looked):
+                continue
+            cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
+            spans = cutter.cut()[1] if candidate.virtual == 1 else self.source.even(candidate)[1]
+            made = settle(cutter, spans, float("inf")) if spans else None
+            if made is not None:
+                looked.add((candidate.mesh, candidate.zero))
+                self.others.append(made)
+
+
 def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Job) -> PlanDocument:
     """The fastest plan of one optimizer step that fits every device, with its bound and the runners-up.
 
@@ -88,6 +106,7 @@ def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Jo
     search.run(found, began + job.search.seconds)
     if search.best is None:
         raise InfeasibleError(shortage.message(source, setting, batch, job, [c for _, c in found]))
+    search.compare(found, time.perf_counter() + COMPARING)
     took = time.perf_counter() - began
     return report.document(source, setting, batch, search, len(found), took)
 
