@@ -85,7 +85,7 @@ class Search:
                 return
             if any(mesh == candidate.mesh for mesh, _ in looked):
                 continue
-            cutter = Cutter(blocks(self.source.profile(candidate), candidate, self.setting), candidate, self.setting)
+            cutter = Cutter(self.source.blocks(candidate), candidate, self.setting)
             spans = cutter.cut()[1] if candidate.virtual == 1 else self.source.even(candidate)[1]
             made = settle(cutter, spans, float("inf")) if spans else None
             if made is not None:
