@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from autopar.ir.rewrite import Pass
 
 Passes = Iterable["Pass | Mapping[str, Any]"]
+FULLY_TRACED = 40
+"""Blocks up to which code is emitted from a full trace, which sees a layer that treats itself apart (about 10 s)."""
 Cache = dict[Any, tuple["Program", float]]
 
 
@@ -81,7 +83,7 @@ def load(folder: str | Path) -> Executable:
 # ------------------------------------------------------------------ what the commands do with jobs
 
 
-def program_of(job: Job, cache: Cache | None = None) -> tuple[Program, float]:
+def program_of(job: Job, cache: Cache | None = None, *, full: bool = False) -> tuple[Program, float]:
     """The rewritten program of a job, traced without weights, and the seconds it took; ``cache`` holds earlier ones."""
     from autopar.models.batch import example_batch
     from autopar.models.load import build
@@ -89,13 +91,13 @@ def program_of(job: Job, cache: Cache | None = None) -> tuple[Program, float]:
 
     assert job.model is not None and job.batch is not None, "check_job runs before"
     cache = {} if cache is None else cache
-    key = (job.model.model_dump_json(), job.batch.length, repr(job.passes))
+    key = (job.model.model_dump_json(), job.batch.length, repr(job.passes), full)
     if key not in cache:
         start = time.perf_counter()
         model = build(job.model, meta=True, seed=job.train.seed)
         positions = sizes(job.model).positions or job.batch.length
         batch = example_batch(model, 2, min(job.batch.length, positions), source=job.model)
-        program = rewrite(trace(model, batch), job.passes)
+        program = rewrite(trace(model, batch, full=full), job.passes)
         cache[key] = program, time.perf_counter() - start
     check_length(job)
     return cache[key]
@@ -103,19 +105,28 @@ def program_of(job: Job, cache: Cache | None = None) -> tuple[Program, float]:
 
 def plan_job(job: Job, cache: Cache | None = None) -> PlanDocument:
     """The plan of a job. Raises `AutoparError` where the job is wrong or nothing fits."""
+    program, seconds = program_of(job, cache)
+    return planned(program, cluster_of(job), job, seconds)
+
+
+def cluster_of(job: Job) -> Cluster:
     from autopar.cluster.cluster import Cluster
 
-    program, seconds = program_of(job, cache)
-    return planned(program, Cluster.load(job.cluster), job, seconds)
+    assert job.cluster is not None, "check_job runs before"
+    return Cluster.load(job.cluster)
 
 
 def compile_job(job: Job, folder: str | Path, plan: PlanDocument | None = None) -> Path:
-    """Write a job's executable into ``folder``, under ``plan`` or the best one."""
+    """Write a job's executable into ``folder``, under ``plan`` or the best one.
+
+    Code is emitted from a trace of every block where that is affordable; planning traces each distinct block once.
+    """
     cache: Cache = {}
     program, seconds = program_of(job, cache)
-    document = plan or plan_job(job, cache)
-    executable = Executable(program, document, job)
-    return executable.save(folder)
+    if len(program.calls()) <= FULLY_TRACED:
+        program, seconds = program_of(job, cache, full=True)
+    document = plan or planned(program, cluster_of(job), job, seconds)
+    return Executable(program, document, job).save(folder)
 
 
 def verify_job(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Executable:
         from autopar.runtime.sources import Tensors
 
         if self.folder is None:
+            self.document = agreed(self.document)
             self.folder = shared_folder(self)
         if source is None and self.program is not None and not any(t.is_meta for t in self.program.tensors.values()):
             source = Tensors(self.program.tensors)
@@ -125,6 +126,23 @@ class Executable:
         from autopar.models.load import build
 
         return lambda: build(self.job.model, meta=True)  # type: ignore[arg-type]
+
+
+def agreed(document: PlanDocument) -> PlanDocument:
+    """Rank 0's plan, on every rank: a search that ends by its time limit may end elsewhere on another rank."""
+    import os
+
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return document
+    if not dist.is_initialized():
+        from autopar.runtime.world import local_device, start
+
+        start(local_device())
+    held = [document.model_dump_json() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return PlanDocument.model_validate_json(str(held[0]))
 
 
 def shared_folder(executable: Executable) -> Path:

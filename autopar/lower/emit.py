@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.errors import TraceError
+from autopar.errors import PlanError, TraceError
 from autopar.ir.attention import Core, cores
 from autopar.ir.ops import operands
 from autopar.ir.program import OUTER, Program
@@ -575,6 +575,7 @@ def plan_recompute(plan: Plan, stage: int, count: int) -> tuple[str, ...]:
 
 def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
     """The stages' sources and the manifest of a static ``program`` (of the plan's micro-batch) under ``plan``."""
+    check_fits(program, plan)
     emitter = Emitter(program, plan)
     stages = [emitter.stage(s) for s in emitter.stages]
     tied: dict[str, list[str]] = {}
@@ -587,6 +588,16 @@ def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
         if n.op == "placeholder" and n.meta["kind"] == "input"
     }
     return stages, {"stages": [s.entry for s in stages], "tied": list(tied.values()), "inputs": inputs}
+
+
+def check_fits(program: Program, plan: Plan) -> None:
+    """Raise `PlanError` where a plan speaks of nodes that this program does not have: it was made for another one."""
+    graphs = dict(program.graphs())
+    for name, chosen in plan.choices.items():
+        nodes = {n.name for n in graphs[name].nodes} if name in graphs else set()
+        foreign = [n for n in chosen if n not in nodes]
+        if foreign:
+            raise PlanError(f"the plan was made for another program: it places {name}.{foreign[0]}, which is not there")
 
 
 def input_entry(node: fx.Node) -> dict[str, Any]:
