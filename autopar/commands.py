@@ -235,7 +235,7 @@ def _is_job(path: Path) -> bool:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and "cluster" in data
+    return isinstance(data, dict) and "cluster" in data and "plan" not in data
 
 
 def view(args: argparse.Namespace, out: TextIO) -> int:

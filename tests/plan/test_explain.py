@@ -3,8 +3,10 @@
 import pytest
 from plan_samples import GIB, document
 
+from autopar import cli
 from autopar.errors import PlanError
 from autopar.plan.explain import BAR, bar, explain
+from autopar.plan.file import read_plan, write_plan
 
 
 def test_the_ledger_has_bars_in_proportion_and_adds_up():
@@ -119,3 +121,19 @@ def test_a_plan_differs_in_nothing_from_itself():
 def test_why_and_diff_go_together():
     text = explain(document(), why="linear_2", other=document())
     assert "block_0.linear_2" in text and "this plan" in text
+
+
+def test_the_commands_read_a_plan_file_that_names_its_cluster(tmp_path, capsys):
+    write_plan(document(pp=2), tmp_path / "x.json")
+    assert cli.main(["explain", str(tmp_path / "x.json"), "--why", "linear_2"]) == 0
+    assert "block_0.linear_2" in capsys.readouterr().out
+    assert cli.main(["view", str(tmp_path / "x.json"), "-o", str(tmp_path / "x.html")]) == 0
+    assert "2 × dgx-h100" in (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert cli.main(["explain", str(tmp_path / "x.json"), "--why", "nix"]) == 2
+    assert "no node and no parameter 'nix'" in capsys.readouterr().err
+
+
+def test_a_plan_with_facts_of_nodes_reads_back_equal(tmp_path):
+    write_plan(document(pp=2), tmp_path / "x.json")
+    assert read_plan(tmp_path / "x.json") == document(pp=2)
+    assert '"forward": "none"' not in (tmp_path / "x.json").read_text(encoding="utf-8")
