@@ -79,6 +79,8 @@ def turned(make: Maker, node: fx.Node) -> fx.Node:
     n = dims(node)
     if node.target is aten.transpose.int and {a % n for a in node.args[1:]} == {n - 1, n - 2}:  # type: ignore[operator]
         return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.permute.default and list(node.args[1]) == [*range(n - 2), n - 1, n - 2]:  # type: ignore
+        return node.args[0]  # type: ignore[return-value]
     return make(aten.transpose.int, node, -2, -1)
 
 
@@ -146,6 +148,8 @@ def gathered(make: Maker, core: Written, query: fx.Node) -> fx.Node | None:
     total = None
     for term in core.terms:
         added = placed(make, addend(make, term, dtype), term, core)
+        while dims(added) < 2:  # the operator's masks have a dim for the queries
+            added = make(aten.unsqueeze.default, added, 0)
         total = added if total is None else make(aten.add.Tensor, total, added)
     return total
 

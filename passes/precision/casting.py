@@ -89,7 +89,7 @@ class Casting:
     def function(self, node: fx.Node) -> None:
         name, given = name_of(node), [n for n in operands(node) if floating(n)]
         if name in OWN_STATISTICS:
-            node.replace_input_with(given[0], self.cast(given[0], self.compute, node))
+            self.statistics(node, given)
         elif name in WIDE or statistic(node):
             self.read(node, given, self.wide)
         elif name in COMPUTE:
@@ -102,6 +102,13 @@ class Casting:
             retype(self.program, node)
             if dtypes(node) != before:
                 self.changed.add(node)
+
+    def statistics(self, node: fx.Node, given: list[fx.Node]) -> None:
+        """A norm with running statistics: they and its weights stay wide, and so does all where they are something else."""
+        kept = {n.meta["val"].dtype for n in given[1:] if self.kind(n) == "table"} - {self.wide}
+        weights = next(iter(kept), self.wide)
+        self.read(node, given[:1], weights if kept else self.compute)
+        self.read(node, [n for n in given[1:] if self.kind(n) != "table"], weights)
 
     def follow(self, node: fx.Node, name: str, given: list[fx.Node]) -> None:
         """An operator with no dtype of its own: that of its operands; an activation's where it meets a table."""
