@@ -38,6 +38,7 @@ class Outcome:
     optimizer: float
     bytes: Bytes
     peaks: tuple[float, ...]  # of every stage: its device's
+    held: tuple[Bytes, ...]  # of every device along pp
     slowest: int
     fullest: int
     timeline: Timeline
@@ -217,6 +218,7 @@ def outcome(
         bubble=max(0.0, waiting) if len(owners) > 1 else 0.0,
         optimizer=once[slowest][1],
         bytes=held[fullest],
+        held=tuple(held),
         peaks=tuple(float(held[s % len(owners)].total) for s in range(len(parts))),
         slowest=slowest,
         fullest=fullest,

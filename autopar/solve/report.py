@@ -17,6 +17,7 @@ from autopar.plan.plan import (
     Seconds,
     Stage,
 )
+from autopar.plan.nodes import node_facts
 from autopar.plan.plan import Search as SearchFacts
 from autopar.solve.assignment import Assignment, placeholders
 from autopar.solve.outcome import Outcome
@@ -60,6 +61,11 @@ def document(
         ),
         runners_up=runners_up(search),
         binding=binding(best, setting),
+        nodes=node_facts(program, assignment, source.prices(c.mesh.tp)),
+        memory_limit=round(setting.limit),
+        rank_bytes=best.held,
+        title=str(source.job.model) if source.job.model is not None else "",
+        cluster=str(source.cluster),
     )
 
 
