@@ -99,15 +99,14 @@ class Engine:
         for replicas in self.replicas:
             replicas.finish()
         self.sums.run()
-        counts = loss is not None and self.world.rank("tp") == 0
-        return self.world.sum(float(loss) if counts and loss is not None else 0.0)[0]
+        return self.world.total(0.0 if loss is None else float(loss))
 
     def _count(self, parts: list[pipeline.Microbatch]) -> float:
         """The labels that count, in the whole global batch."""
         own, (index, entry, module) = 0.0, max(self.stages, key=lambda s: s[0])
-        if index == len(self.manifest.stages) - 1 and self.world.rank("tp") == 0:
+        if index == len(self.manifest.stages) - 1:
             own = sum(float(module.count(**{k: p[k] for k in entry.inputs})) for p in parts)  # type: ignore[operator]
-        total = self.world.sum(own)[0]
+        total = self.world.total(own)
         if total <= 0:
             raise AutoparError("no label of this batch counts (all are ignored): it has no mean loss")
         return total

@@ -88,6 +88,12 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def total(self, value: float) -> float:
+        """The sum over stages and replicas of a number that is the same on all ranks along tp."""
+        if self.shape.pp * self.shape.dp == 1:
+            return value
+        return self.sum(value if self.rank("tp") == 0 else 0.0)[0]
+
     def everyone(self, value: Any) -> list[Any]:
         """A picklable value from every rank, in rank order."""
         if self.mesh is None:

@@ -83,7 +83,7 @@ class Replicas:
         """Forget the last step."""
         self.seen = dict.fromkeys(self.bucket_of, 0)
         self.open = [len(b) for b in self.buckets]  # parameters of each bucket whose gradients are not final yet
-        self.sent: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []
+        self.sent: list[tuple[list[nn.Parameter], torch.Tensor, dist.Work]] = []
         self.next = 0
 
     def _arrived(self, parameter: torch.Tensor) -> None:
@@ -98,30 +98,25 @@ class Replicas:
         for p in self.buckets[self.next]:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in self.buckets[self.next]:
-            assert p.grad is not None
-            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-        for grads in by_dtype.values():
-            flat = (
-                grads[0].view(-1)
-                if len(grads) == 1 and grads[0].is_contiguous()
-                else torch.cat([g.flatten() for g in grads])
-            )
+            by_dtype.setdefault(p.dtype, []).append(p)
+        for parameters in by_dtype.values():
+            grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
+            flat = grads[0] if len(grads) == 1 else torch.cat(grads)
             work = dist.all_reduce(flat, group=self.group, async_op=True)
             assert work is not None
-            self.sent.append((grads, flat, work))
+            self.sent.append((parameters, flat, work))
         self.next += 1
 
     def finish(self) -> None:
-        """Send what is left, wait for all, and put the sums where the gradients are."""
+        """Send what is left and wait for all; the gradients are then parts of what was sent together."""
         while self.next < len(self.buckets):
             self._send()
-        for grads, flat, work in self.sent:
+        for parameters, flat, work in self.sent:
             work.wait()
-            if flat.data_ptr() != grads[0].data_ptr():
-                for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                    grad.copy_(part.view_as(grad))
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = part.view_as(p)
         self.start()
 
 
