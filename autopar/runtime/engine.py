@@ -94,7 +94,7 @@ class Engine:
         parts = microbatches(dict(batch), self.manifest, self.plan, self.world.rank("dp"), self.world.device)
         scale = 1.0 / self._count(parts)
         place = f"{self.optimizer.updates}/{self.world.rank('dp')}/{self.world.rank('pp')}"
-        torch.manual_seed(seed_of(self.seed, place))
+        self.world.seed(seed_of(self.seed, place))
         loss = self.runner.run(parts, scale)
         for replicas in self.replicas:
             replicas.finish()

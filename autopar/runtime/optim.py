@@ -12,6 +12,8 @@ from autopar.runtime.manifest import dtype_of
 from autopar.runtime.parameters import Held
 from autopar.spec.job import Optimizer as Options
 
+State = dict[str, torch.Tensor]  # of one parameter: its moments and its step
+
 
 class Optimizer:
     """torch's own functional AdamW or SGD. Moments are kept in ``options.state``'s dtype, by parameter name.
@@ -25,7 +27,7 @@ class Optimizer:
         self.held = [h for h in held if h.entry.trainable]
         self.updates = 0  # optimizer steps done; the learning rate follows it
         dtype = dtype_of(options.state)
-        self.state: list[dict[str, torch.Tensor]] = []
+        self.state: list[State] = []
         for h in self.held:
             moments = [torch.zeros_like(h.local, dtype=dtype) for _ in self.moments]
             self.state.append(
@@ -42,25 +44,23 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        lr = rate(self.options, self.updates, self.steps)
-        plain, mixed = [], []
-        for h, state in zip(self.held, self.state, strict=True):
-            if h.grad is not None:
-                (plain if h.local.dtype == dtype_of(self.options.state) or not self.moments else mixed).append(
-                    (h, state)
-                )
-        by_dtype: dict[torch.dtype, list[tuple[Held, dict[str, torch.Tensor]]]] = {}
-        for h, state in plain:
-            by_dtype.setdefault(h.local.dtype, []).append((h, state))
-        for same in by_dtype.values():
-            self._update([h.local for h, _ in same], [_grad(h) for h, _ in same], [s for _, s in same], lr)
-        for h, state in mixed:
-            work = h.local.to(dtype_of(self.options.state))
-            self._update([work], [_grad(h).to(work.dtype)], [state], lr)
-            h.local.copy_(work)
+        lr, dtype = rate(self.options, self.updates, self.steps), dtype_of(self.options.state)
+        ready = [(h.local, g, s) for h, s in zip(self.held, self.state, strict=True) if (g := h.grad) is not None]
+        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor, State]]] = {}
+        for item in ready:
+            by_dtype.setdefault(item[0].dtype, []).append(item)
+        for kind, same in by_dtype.items():
+            if kind == dtype or not self.moments:
+                params, grads, states = (list(part) for part in zip(*same, strict=True))
+                self._update(params, grads, states, lr)
+                continue
+            for local, grad, state in same:  # one by one: only one copy in the moments' dtype at a time
+                work = local.to(dtype)
+                self._update([work], [grad.to(dtype)], [state], lr)
+                local.copy_(work)
         self.updates += 1
 
-    def _update(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict], lr: float) -> None:
+    def _update(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[State], lr: float) -> None:
         o = self.options
         fused = all(p.is_floating_point() for p in params)
         if o.name == "adamw":
@@ -93,9 +93,3 @@ def rate(options: Options, update: int, steps: int) -> float:
     done = min(1.0, (update - options.warmup) / (steps - 1 - options.warmup))
     share = 1 - done if options.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return options.lr * (options.final + (1 - options.final) * share)
-
-
-def _grad(held: Held) -> torch.Tensor:
-    grad = held.grad
-    assert grad is not None, held.name
-    return grad

@@ -80,6 +80,15 @@ class World:
             self._teams[pp_ranks] = mine
         return self._teams[pp_ranks]
 
+    def seed(self, value: int) -> None:
+        """Seed the generators that this rank draws from: the CPU's and its device's.
+
+        `torch.manual_seed` seeds every kind of device, and formats a stack trace for each that is not there (0.2 ms).
+        """
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(value)
+
     def sum(self, *values: float) -> list[float]:
         """The sums of numbers over all ranks, in float64."""
         if self.mesh is None:
