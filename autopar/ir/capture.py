@@ -17,7 +17,7 @@ from autopar.ir.custom import CustomFunction, Slot, functions_recorded
 from autopar.ir.markers import Outputs
 from autopar.ir.signature import PLAIN, Instance, repeated
 from autopar.ir.standin import Literals
-from autopar.ir.state import Hidden, changes, hidden_attributes, state_of, state_restored
+from autopar.ir.state import Hidden, changes, noticed, state_of, state_restored
 
 __all__ = ["Capture", "CustomFunction", "MismatchError", "Slot", "UnfoldableError", "watching"]
 
@@ -61,7 +61,7 @@ def watching(root: nn.Module, *, fold: bool, full: bool, stashes: Iterable[tuple
     hidden.add_stashes(root, stashes)
     try:
         with (
-            hidden_attributes(hidden),
+            noticed(hidden),
             state_restored(root, set(stashes), capture.notes),
             blocks_patched(root, capture),
             functions_recorded(capture.functions),
@@ -120,6 +120,8 @@ def traced_block(capture: Capture, instance: Instance, module: nn.Module, origin
             odd = next(o for o in leaves if not isinstance(o, (torch.Tensor, *PLAIN)))
             raise UnfoldableError(f"{instance.path} returns a {type(odd).__name__}")
         out = [o for o in leaves if isinstance(o, torch.Tensor)]
+        if not out:
+            raise UnfoldableError(f"{instance.path} returns no tensor")
         markers.RECORDED[short] = Outputs(tuple(out), tuple(o.requires_grad for o in out))
         capture.results[short] = [Slot(0) if isinstance(o, torch.Tensor) else o for o in leaves], out_spec
         return rebuilt(torch.ops.autopar.leave(out, call), *capture.results[short])

@@ -89,8 +89,9 @@ def compiled(program: Program, device: torch.device) -> tuple[Program, fx.GraphM
     program = program.clone()
     for _, graph in program.graphs():
         for node in graph.nodes:
-            if "device" in node.kwargs:
-                node.kwargs = {**node.kwargs, "device": device}
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
+            )
     blocks = {k: fx.GraphModule(nn.Module(), g) for k, g in program.blocks.items()}
     root = nn.Module()
     for name, block in blocks.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import defaultdict
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Describer:
     def __init__(self, numbers: frozenset[str]) -> None:
         self.numbers = numbers
         self.known: list[Any] = []  # kept alive: an id is unique only as long
+        self.open: list[Any] = []  # code of the functions that are being described
 
     def of(self, module: nn.Module) -> str:
         return self.module(module, "", {})
@@ -90,8 +92,27 @@ class Describer:
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Tensor):
             return f"{type(value).__name__}[{','.join(self.value(v, owner) for v in value)}]"
         if isinstance(value, types.MethodType) and value.__self__ is owner:
-            return f"own {self.identity(value.__func__)}"
+            return f"own {self.value(value.__func__, owner)}"
+        if isinstance(value, functools.partial):
+            parts = (
+                value.func,
+                *value.args,
+                *sorted(value.keywords),
+                *(value.keywords[k] for k in sorted(value.keywords)),
+            )
+            return f"partial{self.value(parts, owner)}"
+        if isinstance(value, types.FunctionType) and value.__code__ not in self.open:
+            return self.function(value, owner)
         return self.identity(value)
+
+    def function(self, value: types.FunctionType, owner: nn.Module) -> str:
+        """A function is its code and what it closes over; one that is made anew for every layer is the same one."""
+        cells = [c.cell_contents for c in value.__closure__ or () if c != types.CellType()]
+        given = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        self.open.append(value.__code__)
+        text = f"{self.identity(value.__code__)}{self.value(given, owner)}"
+        self.open.remove(value.__code__)
+        return text
 
     def identity(self, value: Any) -> str:
         for i, other in enumerate(self.known):
@@ -122,7 +143,7 @@ def repeated(root: nn.Module) -> dict[str, Instance]:
 def alike(container: nn.Module, path: str) -> dict[str, Instance]:
     """The children of one container that are not alone of their kind."""
     children = {n: c for n, c in container._modules.items() if c is not None}
-    numbers = layer_numbers(list(children.values()))
+    numbers = layer_numbers(list({id(c): c for c in children.values()}.values()))
     describer = Describer(numbers)
     groups: dict[str, list[str]] = defaultdict(list)
     for name, child in children.items():

@@ -1,4 +1,4 @@
-"""What a model keeps on itself while it runs: noticed, undone after a trace, and refused where a later run would read it."""
+"""What a model reads from itself and keeps on itself while it runs: noticed, and undone after a trace."""
 
 from __future__ import annotations
 
@@ -27,66 +27,82 @@ class StashError(Exception):
 
 
 class Hidden:
-    """Attributes taken out of their modules for a while; reading one calls back, then gives the value (or raises)."""
+    """Attributes whose reading is noticed: by module (its dict, which export's proxies share) and name."""
 
     def __init__(self) -> None:
-        self.table: dict[tuple[int, str], tuple[nn.Module, Callable[[], Any]]] = {}
+        self.table: dict[tuple[int, str], Callable[[], None]] = {}
+        self.owners: dict[type, set[str]] = {}
+
+    def add(self, module: nn.Module, name: str, read: Callable[[], None]) -> None:
+        self.table[id(vars(module)), name] = read
+        self.owners.setdefault(type(module), set()).add(name)
 
     def add_numbers(self, block: nn.Module, instance: Instance, read: Callable[[str], None]) -> None:
         """The attributes that number a block's layer; ``read(name)`` is called before one is given."""
         for path, module in block.named_modules():
-            for name, value in attributes(module).items():
-                label = dotted(path, name)
-                if label in instance.numbers:
-                    self.table[id(module), name] = module, noted(read, label, value)
+            for name in attributes(module):
+                if dotted(path, name) in instance.numbers:
+                    self.add(module, name, functools.partial(read, dotted(path, name)))
 
     def add_stashes(self, root: nn.Module, stashes: Iterable[tuple[str, str]]) -> None:
         """Attributes that forward assigns; reading one before that is an error, not a value."""
         for path, name in stashes:
             module = root.get_submodule(path)
-            self.table[id(module), name] = module, refused(path, name, module)
+            self.add(module, name, functools.partial(refuse, path, name, module))
 
 
-def noted(read: Callable[[str], None], label: str, value: Any) -> Callable[[], Any]:
-    def give() -> Any:
-        read(label)
-        return value
-
-    return give
-
-
-def refused(path: str, name: str, module: nn.Module) -> Callable[[], Any]:
+def refuse(path: str, name: str, module: nn.Module) -> None:
     where = f"{path.removeprefix('model').lstrip('.') or 'the model'} ({type(module).__name__})"
+    raise TraceError(
+        f"{where} cannot be traced: it reads {name!r}, which an earlier call assigned; a model that keeps state from "
+        "call to call must keep it in a buffer"
+    )
 
-    def give() -> Any:
-        raise TraceError(
-            f"{where} cannot be traced: it reads {name!r}, which an earlier call assigned; a model that keeps state from "
-            "call to call must keep it in a buffer, changed in place"
-        )
 
-    return give
+class Noticed:
+    """Stands on a class for an attribute of its instances; tells when a hidden one is read before it is assigned."""
+
+    def __init__(self, name: str, hidden: Hidden, default: Any) -> None:
+        self.name, self.hidden, self.default = name, hidden, default
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return self.default
+        held = vars(owner)
+        if (id(held), self.name) in self.hidden.table:
+            self.hidden.table[id(held), self.name]()
+        if self.name in held:
+            return held[self.name]
+        if self.default is MISSING:
+            raise AttributeError(f"{type(owner).__name__!r} object has no attribute {self.name!r}")
+        return self.default
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        self.hidden.table.pop((id(vars(owner)), self.name), None)
+        vars(owner)[self.name] = value
+
+    def __delete__(self, owner: Any) -> None:
+        vars(owner).pop(self.name, None)
+
+
+MISSING = object()
 
 
 @contextlib.contextmanager
-def hidden_attributes(hidden: Hidden) -> Iterator[None]:
-    """Take the attributes out; `nn.Module.__getattr__`, which Python asks for what is missing, gives them."""
-    original = nn.Module.__getattr__
-    kept: list[tuple[nn.Module, str, Any]] = []
-
-    def __getattr__(self: nn.Module, name: str) -> Any:
-        entry = hidden.table.get((id(self), name))
-        return original(self, name) if entry is None else entry[1]()
-
+def noticed(hidden: Hidden) -> Iterator[None]:
+    """Put the descriptors on the modules' classes for a while."""
+    places = [(kind, name) for kind, names in hidden.owners.items() for name in names]
+    own = [(kind, name, vars(kind)[name]) for kind, name in places if name in vars(kind)]
     try:
-        for (_, name), (module, _) in hidden.table.items():
-            if name in vars(module):
-                kept.append((module, name, vars(module).pop(name)))
-        nn.Module.__getattr__ = __getattr__  # type: ignore[method-assign]
+        for kind, name in places:
+            setattr(kind, name, Noticed(name, hidden, getattr(kind, name, MISSING)))
         yield
     finally:
-        nn.Module.__getattr__ = original  # type: ignore[method-assign]
-        for module, name, value in kept:
-            vars(module)[name] = value
+        for kind, name in places:
+            if isinstance(vars(kind).get(name), Noticed):
+                delattr(kind, name)
+        for kind, name, value in own:
+            setattr(kind, name, value)
 
 
 # ------------------------------------------------------------------ what changes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from autopar.errors import AutoparError, TraceError
 from autopar.ir.blocks import fold
