@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -63,8 +64,13 @@ def wish(node: fx.Node) -> str:
         return node.name.lower()
     if "move" in node.meta:
         source = operands(node)[0]
-        return f"{source.name}_{'whole' if str(node.meta['places'][0]) == 'R' else 'part'}"
-    return node.name
+        return f"{plain(source.name)}_{'whole' if str(node.meta['places'][0]) == 'R' else 'part'}"
+    return plain(node.name)
+
+
+def plain(name: str) -> str:
+    """``scaled_dot_product_attention`` of ``scaled_dot_product_attention_default``: an overload is no part of a name."""
+    return re.sub(r"_(default|Tensor|Scalar|int|dim)(?=_\d+$|$)", "", name)
 
 
 def leaves(user: fx.Node, path: str) -> bool:
