@@ -13,6 +13,7 @@ from torch import nn
 from autopar.errors import TraceError
 
 IGNORED = -100
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 Loss = Callable[[Any, Mapping[str, Any]], Any]
 
 
@@ -63,6 +64,11 @@ class Objective(nn.Module):
         given = {k: v for k, v in batch.items() if k != "labels" or self.decodes_labels(batch)}
         if self.loss is not None:
             given = {k: v for k, v in batch.items() if k in parameters} if not takes_any(parameters) else dict(batch)
+        lacking = [k for k, p in parameters.items() if k not in given and p.default is p.empty and p.kind in NAMED]
+        if lacking:
+            raise TraceError(
+                f"the batch lacks {lacking[0]!r}, which {type(self.model).__name__}.forward needs; it has {', '.join(batch)}"
+            )
         unknown = [k for k in given if k not in parameters]
         if unknown and not takes_any(parameters):
             raise TraceError(
@@ -84,7 +90,7 @@ class Objective(nn.Module):
         return labels.dim() == 2 and not masked and not self.config("is_encoder_decoder")
 
     def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if logits.dim() != labels.dim() + 1:
+        if logits.dim() != labels.dim() + 1 or differ(tuple(labels.shape), tuple(logits.shape[:-1])):
             raise TraceError(
                 f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; pass loss="
             )
@@ -92,6 +98,13 @@ class Objective(nn.Module):
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORED)
         return loss, (labels != IGNORED).sum()
+
+
+def differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two shapes cannot be equal; sizes that are symbols only of the same or a plain size are compared as such."""
+    return any(
+        isinstance(x, int) != isinstance(y, int) or (isinstance(x, int) and x != y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -112,7 +125,8 @@ def logits_of(output: Any) -> torch.Tensor:
 def summed(value: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """``(loss_sum, count)`` from what a loss returned; a scalar is the mean over the batch's sequences."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
-        return value[0], torch.as_tensor(value[1])
+        count = value[1]  # a number is a size of the batch, or constant
+        return value[0], count if isinstance(count, torch.Tensor) else torch.full((), count, device=value[0].device)
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         first = next(v for v in batch.values() if isinstance(v, torch.Tensor) and v.dim() > 0)
         size = torch.ones_like(first.select(-1, 0) if first.dim() > 1 else first, dtype=torch.int64)

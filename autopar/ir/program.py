@@ -93,6 +93,14 @@ class Program:
 
         return specialize(self, batch=batch, length=length)
 
+    @property
+    def mixes_batch(self) -> list[str]:
+        """The operators whose result for one sequence depends on others of the batch, each with its reason. Unless this is
+        empty, data parallelism and micro-batches change the result. See `autopar.ir.mixing`."""
+        from autopar.ir.mixing import mixes_batch
+
+        return mixes_batch(self)
+
     def module(self) -> torch.nn.Module:
         """A runnable module: called with the batch as the model is, returns ``(loss_sum, count)``, differentiable."""
         from autopar.ir.module import ProgramModule
