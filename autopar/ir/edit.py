@@ -140,6 +140,7 @@ def placeholder(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         new = graph.placeholder(name.replace(".", "_"))
+    new.target = new.name  # the argument's name in generated code; fx makes only the node's a unique identifier
     mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
     new.meta.update(kind="parameter", name=name, path="", requires_grad=True)
     with mode or contextlib.nullcontext():

@@ -10,9 +10,10 @@ from autopar.ir.program import Program
 
 
 def hoist(program: Program, name: str, node: fx.Node, called: str) -> fx.Node:
-    """``node`` of a block as a new argument of it, ``called`` so, where it depends on no parameter, no gradient and no other block.
+    """``node`` of a block as a new argument of it, called ``called``, computed before the instances.
 
-    Instances given the same arguments share one. Where it cannot leave the block, ``node`` itself is returned.
+    It must depend on no parameter, no gradient and no other block; where it does, ``node`` itself is returned.
+    Instances given the same arguments share one.
     """
     graph = program.blocks[name]
     order = ancestors(node)
@@ -21,7 +22,9 @@ def hoist(program: Program, name: str, node: fx.Node, called: str) -> fx.Node:
     given = [n for n in order if n.op == "placeholder"]
     if node.op == "placeholder" or any(n.op not in ("placeholder", "call_function") for n in order):
         return node
-    if any(n.meta["kind"] == "parameter" for n in given) or not all(free(c.args[places[n]]) for c in calls for n in given):
+    if any(n.meta["kind"] == "parameter" for n in given) or not all(
+        free(c.args[places[n]]) for c in calls for n in given
+    ):
         return node
     made: dict[tuple[fx.Node, ...], fx.Node] = {}
     for call in calls:

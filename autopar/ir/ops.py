@@ -101,4 +101,4 @@ def argument(node: fx.Node, index: int) -> Any:
     known = node.target._schema.arguments[index]  # type: ignore[union-attr]
     if len(node.args) > index:
         return node.args[index]
-    return node.kwargs[known.name] if known.name in node.kwargs else known.default_value
+    return node.kwargs.get(known.name, known.default_value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 if TYPE_CHECKING:
     from autopar.ir.program import Program
@@ -19,7 +20,7 @@ def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def infer(node: fx.Node) -> fx.Node:
     """Fill ``meta["val"]`` of a call by running it on its operands' fake or meta tensors; returns the node."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     kwargs = {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
     modes = {mode for v in flat(args) if (mode := getattr(v, "fake_mode", None)) is not None}
     with torch.no_grad():
@@ -55,7 +56,7 @@ def retype(program: Program, node: fx.Node) -> fx.Node:
     def given(n: fx.Node) -> Any:
         return meta_of(n.meta["val"], sizes) if sizes else n.meta["val"]
 
-    args, kwargs = fx.node.map_arg(substituted((node.args, node.kwargs), sizes), given)
+    args, kwargs = map_arg(substituted((node.args, node.kwargs), sizes), given)
     kwargs = {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
     with torch.no_grad():
         made = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -99,9 +99,9 @@ def unflattened(make: Maker, node: fx.Node, now: tuple[Any, ...], wanted: tuple[
 
 def unrepeated(make: Maker, node: fx.Node) -> fx.Node:
     """Keys or values before each of their heads was repeated for its group of queries."""
-    inner = node
+    inner: Any = node
     while inner.target in COPIES:
-        inner = inner.args[0]  # type: ignore[assignment]
+        inner = inner.args[0]
     n = dims(node)
     if inner.target is aten.repeat_interleave.self_int and n == 4 and inner.args[2] in (1, -3):
         return inner.args[0]  # type: ignore[return-value]

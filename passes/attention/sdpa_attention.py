@@ -17,8 +17,8 @@ from passes.attention.written import SOFTMAX, UnlikeError, read
 class SdpaAttention(Pass):
     """``softmax(scale · q @ k.T + mask) @ v`` → `aten.scaled_dot_product_attention`.
 
-    Finds matmul, bmm and baddbmm, scale anywhere, additive and filled-in masks, ALiBi, repeated key heads, dropout. A mask that is
-    exactly causal becomes a flag, any other is computed once for all blocks that share it. What the operator cannot
+    Finds matmul, bmm and baddbmm, scale anywhere, additive and filled-in masks, ALiBi, repeated key heads, dropout. A
+    mask that is exactly causal becomes a flag, any other is computed once for all blocks that share it. What the operator cannot
     express (a soft cap, attention weights that are read elsewhere) stays, with a line in the program's history.
     """
 

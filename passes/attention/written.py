@@ -67,11 +67,10 @@ def read(softmax: fx.Node) -> Written | None:
     if not alone:
         raise UnlikeError("the attention weights are read elsewhere too")
     scale, terms, product = backwards(scores)
-    first = product.target is aten.baddbmm.default
-    query, key = product.args[1:3] if first else product.args[:2]
-    return Written(
-        softmax, scores, product, mixture, query, key, mixture.args[1], dropout, scale, terms  # type: ignore[arg-type]
-    )
+    factors: Any = product.args[1:3] if product.target is aten.baddbmm.default else product.args[:2]
+    query, key = factors
+    value: Any = mixture.args[1]
+    return Written(softmax, scores, product, mixture, query, key, value, dropout, scale, terms)
 
 
 def forwards(softmax: fx.Node) -> tuple[fx.Node | None, float, bool]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from autopar.ir.attention import cores
 from autopar.ir.causal import ancestors
@@ -21,10 +22,10 @@ aten = torch.ops.aten
 class Casting:
     """Walks one graph in order. Every floating value is one of four things:
 
-    *table*: depends on no parameter and no floating input (positions, masks, ALiBi): computed as written, cast where an activation
-    meets it. *compute*: an activation in the compute dtype. *wide*: float32, and so is what is made of it alone (the mean,
-    + eps, rsqrt of a norm). *mixed*: float32, made of both, or a stored parameter: wide operators read it as it is, all
-    others through a cast.
+    *table*: depends on no parameter and no floating input (positions, masks, ALiBi): computed as written, cast where an
+    activation meets it. *compute*: an activation in the compute dtype. *wide*: float32, and so is what is made of it
+    alone (the mean, + eps, rsqrt of a norm). *mixed*: float32, made of both, or a stored parameter: wide operators read
+    it as it is, all others through a cast.
     """
 
     def __init__(self, program: Program, name: str, active: dict[fx.Node, bool], compute: torch.dtype) -> None:
@@ -134,7 +135,7 @@ class Casting:
                 return max(min(value, torch.finfo(self.compute).max), torch.finfo(self.compute).min)
             return value
 
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), fitted)  # type: ignore[misc]
+        args, kwargs = map_aggregate((node.args, node.kwargs), fitted)  # type: ignore[misc]
         if args != node.args or kwargs != node.kwargs:
             node.args, node.kwargs = args, kwargs
             self.changed.add(node)
@@ -201,13 +202,13 @@ def beyond(program: Program, name: str, node: fx.Node, largest: float) -> bool:
 
     for source in ancestors(node):
         if source.op == "call_function":
-            fx.node.map_aggregate((source.args, source.kwargs), look)
+            map_aggregate((source.args, source.kwargs), look)
         elif source.meta["kind"] in ("buffer", "constant") and source.meta["name"] in program.tensors:
             tensor = program.tensors[source.meta["name"]]
             values = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() and not tensor.is_meta else tensor[:0]
             found.append(bool((values.abs() > largest).any()))
         elif name != OUTER:
             index = [n for n in program.blocks[name].nodes if n.op == "placeholder"].index(source)
-            given = {c.args[index] for c in program.calls() if c.target == name}
-            found += [beyond(program, OUTER, g, largest) for g in given if isinstance(g, fx.Node)]
+            given = {a for c in program.calls() if c.target == name and isinstance(a := c.args[index], fx.Node)}
+            found += [beyond(program, OUTER, g, largest) for g in given]
     return any(found)

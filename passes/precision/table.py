@@ -12,14 +12,19 @@ from torch import fx
 
 from autopar.ir.functions import FunctionCall
 
-COMPUTE = frozenset(
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+COMPUTE = words(
     "linear matmul mm bmm mv addmm addmv addbmm baddbmm einsum bilinear chain_matmul dot conv1d conv2d conv3d convolution "
     "conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention embedding embedding_bag "
-    "layer_norm rms_norm group_norm prelu lstm gru".split()
+    "layer_norm rms_norm group_norm prelu lstm gru"
 )
 """Products, the tables that feed them, and norms that are one operator: all floating operands in the compute dtype."""
 
-WIDE = frozenset(
+WIDE = words(
     # sums over many terms, and what norms written out consist of (amp; Zhang and Sennrich 2019 for RMSNorm)
     "sum mean var std var_mean std_mean prod norm linalg_vector_norm cumsum cumprod logsumexp logcumsumexp rsqrt reciprocal "
     # functions that turn small errors into large ones, or leave half precision's range (amp)
@@ -29,19 +34,19 @@ WIDE = frozenset(
     # losses (amp)
     "cross_entropy_loss nll_loss nll_loss_nd log_softmax binary_cross_entropy binary_cross_entropy_with_logits mse_loss "
     "l1_loss smooth_l1_loss huber_loss kl_div cosine_embedding_loss margin_ranking_loss triplet_margin_loss "
-    "soft_margin_loss poisson_nll_loss ctc_loss".split()
+    "soft_margin_loss poisson_nll_loss ctc_loss"
 )
 """All floating operands, and the result, in float32."""
 
-STATISTICS = frozenset("pow square mul".split())
+STATISTICS = words("pow square mul")
 """Wide where nothing but a wide operator reads them: the squares of a variance. amp lists pow for their sake alone; the powers of
 a written-out GELU stay in the compute dtype."""
 
-PROMOTING = frozenset("add sub rsub mul div true_divide maximum minimum where cat stack pow lerp".split())
+PROMOTING = words("add sub rsub mul div true_divide maximum minimum where cat stack pow lerp")
 """Operators that take operands of different dtypes and compute in the wider one."""
 
 SOFTMAX = frozenset(("softmax", "safe_softmax"))
-OWN_STATISTICS = frozenset("batch_norm instance_norm native_batch_norm cudnn_batch_norm".split())
+OWN_STATISTICS = words("batch_norm instance_norm native_batch_norm cudnn_batch_norm")
 """Only the first operand is cast: running statistics and weights stay float32 (torch accepts half-precision inputs so)."""
 
 CASTS = frozenset(("to", "to_copy"))

@@ -85,7 +85,8 @@ def given(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @cache
-def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def model(name: str, dtype: torch.dtype) -> nn.Module:
+    """One model for every use. Never built under `Promoted`, which would give it other buffers (rotary frequencies)."""
     torch.manual_seed(0)
     made = FAMILIES[name]().to(dtype)
     if name.startswith("hf_"):
@@ -96,8 +97,9 @@ def model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 @cache
 def traced(name: str, dtype: torch.dtype = torch.float64) -> Program:
     """As tracing leaves it: no pass has run."""
+    made = model(name, dtype)
     with Promoted() if dtype == torch.float64 else torch.enable_grad():
-        return trace(model(name, dtype), given(name, dtype))
+        return trace(made, given(name, dtype))
 
 
 @cache
@@ -115,9 +117,15 @@ def computed(what: Program, name: str, dtype: torch.dtype = torch.float64) -> Re
     return run_backward(what.module(), lambda m: m(**given(name, dtype)), wide)
 
 
+@cache
+def base(name: str) -> Result:
+    """What the canonicalized program computes in float64, before any other pass."""
+    return computed(program(name), name)
+
+
 def eager(name: str) -> Result:
     """The same of the model itself, never traced."""
-    objective = Objective(model(name))
+    objective = Objective(model(name, torch.float64))
     loss, gradients = run_backward(objective, lambda m: m(given(name, torch.float64)), True)
     return loss, {n.removeprefix("model."): g for n, g in gradients.items()}
 

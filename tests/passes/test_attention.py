@@ -26,7 +26,9 @@ def found(program: Program) -> list[Attention]:
 
 
 def test_a_block_after_sdpa_attention() -> None:
-    assert_expected_inline(block_text({"sdpa_attention": {}}), """\
+    assert_expected_inline(
+        block_text({"sdpa_attention": {}}),
+        """\
   %x: f32[2, 6, 8] = input x
   %weight: f32[8] = parameter weight
   %qkv_weight: f32[24, 8] = parameter qkv.weight
@@ -47,7 +49,8 @@ def test_a_block_after_sdpa_attention() -> None:
   %transpose_2: f32[2, 6, 2, 4] = aten.transpose.int(%scaled_dot_product_attention_default, 1, 2)
   %reshape: f32[2, 6, 8] = aten.reshape(%transpose_2, [2, 6, 8])
   %add_2: f32[2, 6, 8] = aten.add.Tensor(%x, %reshape)
-  return (%add_2)""")
+  return (%add_2)""",
+    )
 
 
 class One(nn.Module):

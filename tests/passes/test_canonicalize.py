@@ -12,7 +12,9 @@ from tests.passes.minimal import block_text, ids, targets
 
 
 def test_a_block_reads_as_one_would_write_it() -> None:
-    assert_expected_inline(block_text(), """\
+    assert_expected_inline(
+        block_text(),
+        """\
   %x: f32[2, 6, 8] = input x
   %mask: f32[6, 6] = input mask
   %weight: f32[8] = parameter weight
@@ -39,7 +41,8 @@ def test_a_block_reads_as_one_would_write_it() -> None:
   %transpose_2: f32[2, 6, 2, 4] = aten.transpose.int(%matmul_2, 1, 2)
   %reshape: f32[2, 6, 8] = aten.reshape(%transpose_2, [2, 6, 8])
   %add_2: f32[2, 6, 8] = aten.add.Tensor(%x, %reshape)
-  return (%add_2)""")
+  return (%add_2)""",
+    )
 
 
 class Odd(nn.Module):
@@ -77,7 +80,9 @@ def test_the_loss_is_the_models_own() -> None:
     torch.manual_seed(0)
     model, batch = Odd(), ids()
     logits = model(batch["input_ids"])
-    wanted = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    wanted = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
     loss, count = rewrite(trace(model, batch)).module()(**batch)
     torch.testing.assert_close(loss, wanted)
     assert count == 2 * 5

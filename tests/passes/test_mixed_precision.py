@@ -13,16 +13,19 @@ from autopar.ir.program import Program
 from autopar.ir.rewrite import load, rewrite
 from autopar.ir.trace import trace
 from passes.precision.table import name_of
-from tests.contracts.families import FAMILIES, Result, computed
+from tests.contracts.families import Result, computed
 from tests.contracts.families import program as family_program
 from tests.passes.minimal import Decoder, block_text, ids, outer_text
 
+UNLIKE = ("llama", "bloom", "hf_llama", "hf_falcon_alibi", "hf_bloom", "hf_gpt2", "mlp", "conv")
 F32, BF16 = torch.float32, torch.bfloat16
 LOSS, COSINE = 2e-2, 0.99  # bfloat16 has 8 bits: relative steps of 4e-3
 
 
 def test_a_block_after_mixed_precision() -> None:
-    assert_expected_inline(block_text({"mixed_precision": {}}), """\
+    assert_expected_inline(
+        block_text({"mixed_precision": {}}),
+        """\
   %x: bf16[2, 6, 8] = input x
   %weight: f32[8] = parameter weight
   %qkv_weight: f32[24, 8] = parameter qkv.weight
@@ -53,11 +56,14 @@ def test_a_block_after_mixed_precision() -> None:
   %transpose_2: bf16[2, 6, 2, 4] = aten.transpose.int(%matmul_2, 1, 2)
   %reshape: bf16[2, 6, 8] = aten.reshape(%transpose_2, [2, 6, 8])
   %add_2: bf16[2, 6, 8] = aten.add.Tensor(%x, %reshape)
-  return (%add_2)""")
+  return (%add_2)""",
+    )
 
 
 def test_the_program_around_the_blocks() -> None:
-    assert_expected_inline(outer_text({"mixed_precision": {}}), """\
+    assert_expected_inline(
+        outer_text({"mixed_precision": {}}),
+        """\
   %p_model_embedding_weight: f32[16, 8] = parameter embedding.weight
   %p_model_blocks_0_weight: f32[8] = parameter blocks.0.weight
   %p_model_blocks_0_qkv_weight: f32[24, 8] = parameter blocks.0.qkv.weight
@@ -84,7 +90,8 @@ def test_the_program_around_the_blocks() -> None:
   %cross_entropy_loss: f32[] = aten.cross_entropy_loss(%to_dtype_1, %flatten_1, None, 2)
   %ne: b8[2, 6] = aten.ne.Scalar(%pad, -100)
   %sum: i64[] = aten.sum(%ne)
-  return (%cross_entropy_loss, %sum)""")
+  return (%cross_entropy_loss, %sum)""",
+    )
 
 
 def nodes(program: Program, *names: str) -> list[fx.Node]:
@@ -102,11 +109,13 @@ def cosine(a: Result, b: Result) -> float:
     return float(torch.cosine_similarity(flat[0], flat[1], 0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_computes_in_bfloat16_nearly_what_it_does_in_float32(family: str) -> None:
+@pytest.mark.parametrize("family", UNLIKE)
+def test_unlike_models_compute_in_bfloat16_nearly_what_it_does_in_float32(family: str) -> None:
     before = family_program(family, F32)
     after = rewrite(before, [{"mixed_precision": {}}, {"sdpa_attention": {}}])
-    assert dtypes(nodes(after, "linear", "matmul", "bmm", "conv2d", "scaled_dot_product_attention", "embedding")) == {BF16}
+    assert dtypes(nodes(after, "linear", "matmul", "bmm", "conv2d", "scaled_dot_product_attention", "embedding")) == {
+        BF16
+    }
     assert dtypes(nodes(after, "cross_entropy_loss", "rsqrt")) == {F32}
     assert dtypes(nodes(after, "mean")) <= {F32}
     for block in after.blocks.values():
@@ -126,7 +135,9 @@ class Sensitive(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(input_ids)
-        angles = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None] * torch.full((8,), 0.1, device=x.device)
+        angles = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None] * torch.full(
+            (8,), 0.1, device=x.device
+        )
         x = x * angles.cos()
         centred = x - x.mean(-1, keepdim=True)
         x = self.scale * (centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5))
