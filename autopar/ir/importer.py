@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autopar.errors import TraceError
 
@@ -55,6 +56,11 @@ def imported(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx
             found = getattr(found, part)
         return found
     if isinstance(value, (*SYMBOLIC, int, float, bool)) and node.op == "call_function":
+        if free_unbacked_symbols(value):
+            raise TraceError(
+                f"{where(node)} cannot be traced: a number or a size depends on a tensor's values (.item(), nonzero, a mask as "
+                "an index); use torch.where or fixed sizes"
+            )
         return value
     if getattr(node.target, "_opname", "") in ASSERTIONS or namespace(node) in ASSERTIONS:
         return None
@@ -119,4 +125,4 @@ def path(node: fx.Node) -> str:
 
 
 def where(node: fx.Node) -> str:
-    return path(node) or node.name
+    return path(node).removeprefix("model.") or node.name

@@ -151,11 +151,13 @@ def state_restored(root: nn.Module, known: set[tuple[str, str]], notes: list[str
     @functools.wraps(original)  # export reads the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = {path: dict(attributes(m)) for path, m in root.named_modules()}
+        buffers = {path: dict(m._buffers) for path, m in root.named_modules()}
         changed: dict[tuple[str, str], Any] = {}
         try:
             result = original(*args, **kwargs)
         finally:
             changed = restored(root, before)
+        refuse_assigned_buffers(root, buffers)
         tensors = {key for key, value in changed.items() if holds_tensor(value)}
         notes.extend(
             f"{dotted(*k)} changes from run to run; traced with its value now" for k in changed.keys() - tensors
@@ -169,6 +171,16 @@ def state_restored(root: nn.Module, known: set[tuple[str, str]], notes: list[str
         yield
     finally:
         del root.forward
+
+
+def refuse_assigned_buffers(root: nn.Module, before: dict[str, dict[str, Any]]) -> None:
+    for path, module in root.named_modules():
+        for name, value in module._buffers.items():
+            if value is not before.get(path, {}).get(name):
+                where = f"{path.removeprefix('model').lstrip('.') or 'the model'} ({type(module).__name__})"
+                raise TraceError(
+                    f"{where} cannot be traced: it assigns its buffer {name!r} in forward; change it in place, {name}.copy_(…)"
+                )
 
 
 def restored(root: nn.Module, before: dict[str, dict[str, Any]]) -> dict[tuple[str, str], Any]:

@@ -24,7 +24,24 @@ class Branching(Layer):
 
 class Reading(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x * float(x.mean().item() > 0))
+        return super().forward(x * x.mean().item())
+
+
+class Shrinking(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + x[x > 0].sum())
+
+
+class Assigning(Layer):
+    """Assigns a buffer anew."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        return super().forward(x - self.mean)
 
 
 class Conditional(Layer):
@@ -72,12 +89,14 @@ class Failing(Layer):
 
 MODULES: dict[str, tuple[Any, str, str]] = {
     "data-dependent control flow": (Branching, "layers.0 (Branching", "control flow"),
-    "a value read while tracing": (Reading, "layers.0 (Reading", "values"),
+    "a value read while tracing": (Reading, "layers.0", "values"),
+    "a size that depends on values": (Shrinking, "layers.0", "values"),
+    "a buffer assigned": (Assigning, "layers.0 (Assigning)", "assigns its buffer 'mean'"),
     "an operator with regions": (Conditional, "layers.0", "cond"),
     "autocast": (Autocast, "layers.0", "mixed_precision"),
     "a function's own autograd.Function": (LocalFunction, "Twice", "module level"),
     "state from call to call": (Remembering, "layers.0 (Remembering)", "'memory'"),
-    "shapes that do not fit": (Failing, "layers.0", "size"),
+    "shapes that do not fit": (Failing, "layers.0.linear (Linear", "same reduction dim"),
 }
 
 
@@ -102,7 +121,7 @@ BATCHES: dict[str, tuple[nn.Module, Any, Any, str]] = {
     "too many values": (MLP(), (X, X), None, "2 positional values"),
     "nothing": (MLP(), {}, None, "the batch holds no tensor"),
     "a loss that is no scalar": (MLP(), {"x": X}, lambda out, batch: F.relu(out), "a loss returns"),
-    "logits of no tensor": (Stack(), {"input_ids": "text", "labels": IDS}, None, "Stack"),
+    "logits of no tensor": (Stack(), {"input_ids": "text", "labels": IDS}, None, "embed (Embedding"),
 }
 
 

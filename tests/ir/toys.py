@@ -404,7 +404,7 @@ class Seq2Seq(nn.Module):
 
 
 class Averaging(nn.Module):
-    """Keeps a moving average in a buffer, assigned anew in every forward."""
+    """Keeps a moving average in a buffer, changed in place in every forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -412,5 +412,5 @@ class Averaging(nn.Module):
         self.register_buffer("mean", torch.zeros(WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.mean.copy_(0.9 * self.mean + 0.1 * x.detach().mean(0))
         return self.linear(x - self.mean)
