@@ -1,7 +1,6 @@
 """One device: the emitted training step against the eager model, for two Hugging Face models and a declarative one.
 
-One step is forward, backward and AdamW. Both sides hold the same weights and compute the same loss. The processes run
-one after another; each alone times both sides in turn.
+One step is forward, backward and AdamW. Both sides hold the same weights and compute the same loss.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SEQUENCES, LENGTH, VOCABULARY = 4, 128, 4096
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": False}  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": VOCABULARY,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 DECLARED = {"family": "llama", "layers": 4, "hidden": 256, "ffn": 704, "heads": 4, "kv_heads": 2, "vocab": VOCABULARY}
 MODELS = {
     "Hugging Face Llama, 4 layers, width 256": {"config": LLAMA},

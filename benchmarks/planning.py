@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def main() -> int:
     for name, (model, hosts, sequences, target) in JOBS.items():
         runs = [planned(model, hosts, sequences) for _ in range(given.rounds)]
         seconds = sorted(r.seconds for r in runs)
-        median, peak = seconds[len(seconds) // 2], max(r.peak_bytes for r in runs)
+        median, peak = statistics.median(seconds), max(r.peak_bytes for r in runs)
         miss = median > target or peak > MEMORY
         missed |= miss
         every = ", ".join(f"{s:.1f}" for s in seconds)

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from autopar.errors import PlanError
 from autopar.runtime.world import World
 
-BUCKET = 25 * 2**20  # bytes that are sent together at least, as in torch's DistributedDataParallel does
+BUCKET = 25 * 2**20  # bytes that are sent together at least, as in torch's DistributedDataParallel
+FIRST_BUCKET = 2**20  # of the first ones, so that sending begins early
 SPLIT_BACKWARD = {"interleavedzerobubble", "zbvzerobubble", "dualpipev"}
 
 
@@ -55,11 +56,12 @@ def shard(module: nn.Module, units: tuple[str, ...], zero: int, world: World) ->
 
 
 def microbatch_flags(module: nn.Module, zero: int, last: bool) -> None:
-    """Before a micro-batch, outside pipelines: zero=1 reduces once, in the last one."""
-    if zero == 1 and isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+    """Before a micro-batch, outside pipelines: only the last one waits for all sums; zero=1 reduces once, in that."""
+    if isinstance(module, FSDPModule):
         module.set_is_last_backward(last)
-        module.set_reshard_after_backward(last)
+        if zero == 1:
+            module.set_requires_gradient_sync(last)
+            module.set_reshard_after_backward(last)
 
 
 class Replicas:
@@ -121,13 +123,15 @@ class Replicas:
 
 
 def buckets(modules: list[nn.Module]) -> list[list[nn.Parameter]]:
-    """The whole trainable parameters of modules, in order, each once, in lists of at least BUCKET bytes (but the last)."""
+    """The whole trainable parameters of modules, in order, each once, in lists of at least BUCKET bytes (the last: fewer;
+    the first: FIRST_BUCKET)."""
     found: list[list[nn.Parameter]] = [[]]
     seen: set[nn.Parameter] = set()
     for module in modules:
         found[-1] += [p for p in module.parameters() if _whole(p) and p not in seen]
         seen.update(found[-1])
-        if sum(p.numel() * p.element_size() for p in found[-1]) >= BUCKET:
+        enough = FIRST_BUCKET if len(found) == 1 else BUCKET
+        if sum(p.numel() * p.element_size() for p in found[-1]) >= enough:
             found.append([])
     return [bucket for bucket in found if bucket]
 
