@@ -31,7 +31,9 @@ def job(steps: int):  # noqa: ANN201 - a Job
     text = [f"{sysconfig.get_paths()['stdlib']}/{name}" for name in ("asyncio/*.py", "json/*.py", "email/*.py")]
     gguf = weights()
     changes = {"model.hf": str(gguf), "data.tokenizer": str(gguf), "data.text": json.dumps(text), "train.steps": steps}
-    return load_job(str(Path(__file__).with_name("smollm2-lora.yaml")), [f"{key}={value}" for key, value in changes.items()])
+    return load_job(
+        str(Path(__file__).with_name("smollm2-lora.yaml")), [f"{key}={value}" for key, value in changes.items()]
+    )
 
 
 def main() -> int:

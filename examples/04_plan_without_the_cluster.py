@@ -12,7 +12,9 @@ def main() -> None:
     whole = plan_job(load_job("llama-3-70b-h100", []), cache)
     less = plan_job(load_job("llama-3-70b-h100", ["cluster.device.memory=48 GiB"]), cache)
     print(summary(whole, "llama-3-70b on 64 H100"))
-    print(f"\nwith 48 GiB instead of 80: {less.cost.step_seconds / whole.cost.step_seconds:.3f} × the time, {less.plan.mesh}")
+    print(
+        f"\nwith 48 GiB instead of 80: {less.cost.step_seconds / whole.cost.step_seconds:.3f} × the time, {less.plan.mesh}"
+    )
     assert less.cost.step_seconds >= whole.cost.step_seconds * 0.99
 
 

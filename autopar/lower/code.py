@@ -158,7 +158,7 @@ class Writer:
         lines = [f"{name} = {text}"]
         if node.meta.get("split_rng"):
             self.body.functions.add("split_rng")
-            first = self.names.of[operands(node)[0]] if operands(node)[0] in self.names.of else name
+            first = self.names.of.get(operands(node)[0], name)
             lines = [f"with split_rng({first}, self.tp):", f"    {lines[0]}"]
         if note and len(lines[-1]) + len(note) < WIDTH - 8:
             lines[-1] = f"{lines[-1]}  # {note}"

@@ -616,7 +616,13 @@ def limit(node: fx.Node) -> int | None:
     if node.meta["val"].is_floating_point():
         return None
     aten = torch.ops.aten
-    through = {aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.pad.default, aten.contiguous.default}
+    through = {
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.slice.Tensor,
+        aten.pad.default,
+        aten.contiguous.default,
+    }
     for user in node.users:
         if user.target is aten.embedding.default and user.args[1] is node:
             return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]

@@ -110,10 +110,8 @@ class Localizer:
             if i in self.owned.get(str(reader.target), ()):
                 found.append((source, self.placement(source), None))
                 continue
-            if reader.op == "call_module":
-                grad = wanted(q)  # the block hands back what its placeholder's value wants
-            else:
-                grad = grad_placement(q, strategy.replicated)
+            # a block hands back what its placeholder's value wants
+            grad = wanted(q) if reader.op == "call_module" else grad_placement(q, strategy.replicated)
             found.append((source, q, grad if gradient_flows(source) else None))
         return found
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from autopar.cost.regions import RECOMPUTE
 from autopar.cost.values import dims, flows, tensor, tensors
 from autopar.ir.program import Program
+from autopar.plan.nodes import node_facts
 from autopar.plan.plan import (
     Bytes,
     Cost,
@@ -17,7 +18,6 @@ from autopar.plan.plan import (
     Seconds,
     Stage,
 )
-from autopar.plan.nodes import node_facts
 from autopar.plan.plan import Search as SearchFacts
 from autopar.solve.assignment import Assignment, placeholders
 from autopar.solve.outcome import Outcome

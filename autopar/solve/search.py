@@ -75,7 +75,6 @@ class Search:
         else:
             self.others.append(made)
 
-
     def compare(self, found: list[tuple[float, Candidate]], until: float) -> None:
         """What the nearest other meshes would have cost: bounds ruled them out without a look, people want to see them."""
         assert self.best is not None

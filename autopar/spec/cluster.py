@@ -9,7 +9,18 @@ from pydantic import BeforeValidator, Field, field_validator, model_serializer, 
 
 from autopar.errors import SpecError, suggestion
 from autopar.spec import library
-from autopar.spec.base import Bandwidth, Count, Efficiency, FlopRate, Memory, NonNegative, Positive, Seconds, Spec, build
+from autopar.spec.base import (
+    Bandwidth,
+    Count,
+    Efficiency,
+    FlopRate,
+    Memory,
+    NonNegative,
+    Positive,
+    Seconds,
+    Spec,
+    build,
+)
 from autopar.spec.quantity import short
 from autopar.spec.source import Source, read
 

@@ -31,11 +31,11 @@ def test_the_executable_equals_one_device(family: str, index: int) -> None:
     assert_equal(prove_source(source_of(family), fits(family, index)))
 
 
-@pytest.mark.parametrize("pins", [dict(tp=2), dict(tp=3), dict(pp=2, microbatch=1), dict(pp=2, dp=2, zero=3, microbatch=1)], ids=str)
+@pytest.mark.parametrize(
+    "pins", [dict(tp=2), dict(tp=3), dict(pp=2, microbatch=1), dict(pp=2, dp=2, zero=3, microbatch=1)], ids=str
+)
 def test_nine_query_and_three_key_heads_with_tied_embeddings(pins: dict[str, object]) -> None:
-    source = source_of(
-        "llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=144, tie_word_embeddings=True
-    )
+    source = source_of("llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=144, tie_word_embeddings=True)
     assert_equal(prove_source(source, pins))
 
 
@@ -51,7 +51,13 @@ def test_a_single_layer(pins: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     "pins",
-    [dict(tp=2), dict(pp=2, microbatch=1), dict(dp=2, zero=2, microbatch=1), dict(dp=2, zero=3), dict(pp=2, tp=2, dp=2, zero=0, microbatch=1)],
+    [
+        dict(tp=2),
+        dict(pp=2, microbatch=1),
+        dict(dp=2, zero=2, microbatch=1),
+        dict(dp=2, zero=3),
+        dict(pp=2, tp=2, dp=2, zero=0, microbatch=1),
+    ],
     ids=str,
 )
 def test_frozen_parameters_and_lora(pins: dict[str, object]) -> None:
@@ -69,7 +75,9 @@ def test_clipping_by_the_global_norm_and_a_schedule() -> None:
         train={"steps": 10, "clip": 0.05},
         optimizer={"name": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup": 3},
     )
-    assert_equal(prove_source(source_of("llama", tie_word_embeddings=True), dict(pp=2, tp=2, dp=2, zero=1, microbatch=1), **more))
+    assert_equal(
+        prove_source(source_of("llama", tie_word_embeddings=True), dict(pp=2, tp=2, dp=2, zero=1, microbatch=1), **more)
+    )
 
 
 def test_plain_sgd_with_momentum() -> None:
