@@ -75,7 +75,7 @@ def cut(program: Program, ranges: list[tuple[int, int]]) -> list[StageGraph]:
     for node in program.graph.nodes:
         if node.op == "output":
             own[last].add(node)
-        elif node.op != "placeholder" and node not in free:
+        elif node.op != "placeholder" and (node not in free or counts(node)):
             own[home[node]].add(node)
     received: list[set[fx.Node]] = [set() for _ in ranges]
     for stage, nodes in enumerate(own):
@@ -116,6 +116,11 @@ def attach_changes(
                 own[stage].add(node)
                 require(node, stage, home, free, own, received)
                 again = True
+
+
+def counts(node: fx.Node) -> bool:
+    """Whether a node changes a buffer of the model (batch norm's count of batches): it runs where it stands."""
+    return changes_in_place(node) and memory_of(node).op == "placeholder"
 
 
 def changes_in_place(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.program import Program
 from autopar.plan.plan import Plan, PlanDocument
 from autopar.solve import report, shortage
+from autopar.solve.mixing import whole_batches
 from autopar.solve.outcome import Outcome, outcome, settle
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import PROMISE, Source, setting_of
@@ -99,6 +100,8 @@ def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Jo
     micro-batch. Raises `PlanError` for pins that cannot be, `InfeasibleError` where nothing fits.
     """
     began = time.perf_counter()
+    if isinstance(program, Program):
+        job = whole_batches(program, job)
     source, setting, batch = prepared(program, cluster, job)
     search = Search(source, setting)
     found = ordered(source, setting, batch, job.pins)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from cases import assert_equal, prove_built
 from torch import nn
 
+from autopar.errors import PlanError
+
 
 class Perceptron(nn.Module):
     def __init__(self) -> None:
@@ -36,6 +38,18 @@ class Convolutional(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.head(self.pool(x).mean((2, 3)))
+
+
+class Normalized(nn.Module):
+    """Batch norm: every image's result depends on the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.norm(self.a(x))))).mean((2, 3)))
 
 
 class TwoInputs(nn.Module):
@@ -93,3 +107,9 @@ def test_a_scalar_mean_loss() -> None:
     batch = {"x": torch.randn(8, 20), "y": torch.randn(8, 10)}
     loss = lambda output, batch: F.mse_loss(output, batch["y"])  # noqa: E731
     assert_equal(prove_built(Perceptron(), batch, dict(dp=2, zero=0, microbatch=2), loss=loss))
+
+
+def test_batch_norm_is_split_over_channels_and_never_over_the_batch() -> None:
+    assert_equal(prove_built(Normalized(), classes(8, 3, 6, 6), dict(tp=2)))
+    with pytest.raises(PlanError, match=r"dp 2 would change the model's result.*batch_norm"):
+        prove_built(Normalized(), classes(8, 3, 6, 6), dict(dp=2))
