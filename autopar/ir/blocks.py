@@ -156,7 +156,8 @@ def taken_in(node: fx.Node, segment: Segment, folding: Folding) -> tuple[str, st
 def arguments_first(segment: Segment, inside: set[fx.Node]) -> list[fx.Node]:
     """What the segment reads from outside, in a stable order: arguments, other values, parameters as used."""
     entered = sorted(
-        (u for u in segment.enter.users if u.users and u.target is operator.getitem), key=lambda n: int(n.args[1])
+        (u for u in segment.enter.users if u.users and u.target is operator.getitem),
+        key=lambda n: int(n.args[1]),  # type: ignore
     )
     outside: list[fx.Node] = []
     assert segment.leave is not None
@@ -221,7 +222,7 @@ def outer_graph(graph: fx.Graph, folding: Folding) -> fx.Graph:
             continue
         if node in leaves:
             segment = leaves[node]
-            call(folding.bodies[segment.call], segment.enter.args[0], segment.path, node)
+            call(folding.bodies[segment.call], segment.enter.args[0], segment.path, node)  # type: ignore
         elif node.target is BLOCK:
             name = str(node.args[1])
             call(folding.first[name.split("#")[0]], node.args[0], folding.paths[name], node)

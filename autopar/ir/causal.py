@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from autopar.ir.program import Program
 from autopar.ir.specialize import evaluate, meaning
@@ -42,7 +43,7 @@ def causal_masks(program: Program) -> None:
                 sources = [c.args[index] for c in calls]  # type: ignore[misc]
             elif calls and not free_of_placeholders(mask):
                 continue
-            if all(is_causal(s) for s in sources) and square(node):
+            if all(is_causal(s) for s in sources) and square(node):  # type: ignore
                 set_argument(node, 3, "attn_mask", None)
                 set_argument(node, 5, "is_causal", True)
 
@@ -102,7 +103,7 @@ def causal(program: Program, mask: fx.Node) -> bool:
 def computed(nodes: list[fx.Node], values: dict[str, int]) -> torch.Tensor:
     env: dict[fx.Node, Any] = {}
     for node in nodes:
-        args, kwargs = fx.node.map_aggregate(
+        args, kwargs = map_aggregate(
             (node.args, node.kwargs), lambda a: env[a] if isinstance(a, fx.Node) else evaluate(a, values)
         )
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import TraceError
 from autopar.ir import markers
@@ -124,7 +125,7 @@ def backward_is_pointwise(cls: Any, context: Context, output: torch.Tensor) -> b
     return seen.pointwise
 
 
-class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+class Seen(TorchDispatchMode):
     """Notices whether everything a function does is pointwise."""
 
     def __init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_arg
 
 from autopar.errors import TraceError
 
@@ -32,7 +33,7 @@ def flatten(source: fx.GraphModule) -> fx.Graph:
             new.meta["val"] = node.meta.get("val")
             env[node] = new
         elif node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], lambda n: env[n]))
+            graph.output(map_arg(node.args[0], lambda n: env[n]))
         else:
             env[node] = imported(graph, source, node, env, detached=False)
     graph.eliminate_dead_code(is_impure)
@@ -66,11 +67,11 @@ def imported(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx
         return None
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return region(graph, node, env)
-    if node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple):
-        return env[node.args[0]][node.args[1]]
+    if node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple):  # type: ignore
+        return env[node.args[0]][node.args[1]]  # type: ignore
     if node.op != "call_function":
         raise TraceError(f"{where(node)}: a {node.op} of {node.target} cannot be compiled")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
     new = graph.create_node("call_function", node.target, args, kwargs, name=node.name)
     new.meta["val"] = value
     new.meta["path"] = path(node)
@@ -91,7 +92,7 @@ def region(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any
         )
     args = list(node.args)
     at = next(i for i, a in enumerate(args) if isinstance(a, fx.Node) and a.op == "get_attr")
-    body: fx.GraphModule = env[args[at]]
+    body: fx.GraphModule = env[args[at]]  # type: ignore
     no_grad = name == "wrap_with_set_grad_enabled" and args[0] is False
     if name == "wrap_with_autocast" and args[2]:
         raise TraceError(
@@ -101,9 +102,9 @@ def region(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any
     given = iter(args[at + 1 :])
     for n in body.graph.nodes:
         if n.op == "placeholder":
-            inner[n] = fx.node.map_arg(next(given), lambda m: env[m])
+            inner[n] = map_arg(next(given), lambda m: env[m])
         elif n.op == "output":
-            values = fx.node.map_arg(n.args[0], lambda m: inner[m])
+            values = map_arg(n.args[0], lambda m: inner[m])
             return tuple(detach(graph, v) if no_grad else v for v in values)
         else:
             inner[n] = imported(graph, body, n, inner, detached=no_grad)

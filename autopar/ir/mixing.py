@@ -15,7 +15,9 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
+from torch.fx.node import map_aggregate, map_arg
 
 from autopar.errors import TraceError
 from autopar.ir.program import Program
@@ -65,7 +67,7 @@ def mixes_batch(program: Program) -> list[str]:
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor) and v.dim() > 0]
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor) and v.dim() > 0]
 
 
 def described(value: Value) -> str:
@@ -168,10 +170,8 @@ def evaluated(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
             raise Mixing(f"an index that depends on {n.name}")
         return value.exact()
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
-    args, kwargs = fx.node.map_aggregate(
-        (args, kwargs), lambda a: torch.device("cpu") if isinstance(a, torch.device) else a
-    )
+    args, kwargs = map_arg((node.args, node.kwargs), given)
+    args, kwargs = map_aggregate((args, kwargs), lambda a: torch.device("cpu") if isinstance(a, torch.device) else a)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

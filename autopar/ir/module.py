@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from autopar.errors import TraceError
 from autopar.ir.program import Program
@@ -39,7 +40,7 @@ class ProgramModule(nn.Module):
         if sizes not in self.static:
             static = self.program.at(batch=sizes[0], length=sizes[1] if len(sizes) > 1 else None)
             self.static[sizes] = compiled(static, device_of(batch))
-        return run(*self.static[sizes], self.values(batch))
+        return run(*self.static[sizes], self.values(batch))  # type: ignore
 
     def values(self, batch: dict[str, Any]) -> dict[str, Any]:
         held = {
@@ -59,7 +60,7 @@ def flat(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested batches by dotted name, as placeholders name them."""
     found: dict[str, Any] = {}
     for key, value in batch.items():
-        items = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        items: Any = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
         found.update(flat(items, f"{prefix}{key}.") if isinstance(items, dict) else {f"{prefix}{key}": items})
     return found
 
@@ -89,7 +90,7 @@ def compiled(program: Program, device: torch.device) -> tuple[Program, fx.GraphM
     program = program.clone()
     for _, graph in program.graphs():
         for node in graph.nodes:
-            node.args, node.kwargs = fx.node.map_aggregate(
+            node.args, node.kwargs = map_aggregate(
                 (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
             )
     blocks = {k: fx.GraphModule(nn.Module(), g) for k, g in program.blocks.items()}

@@ -67,8 +67,8 @@ def label(
             raise TraceError(f"the model holds a {spec.kind.name.lower()} ({spec.target}), which cannot be compiled")
         name = next(user) if kind == "input" else strip(spec.target)
         if kind == "constant":
-            value = exported.constants[spec.target]
-            value = originals.get(id(value), value)
+            constant: torch.Tensor = exported.constants[spec.target]
+            value = originals.get(id(constant), constant)
             name = f"constant_{sum(n.startswith('constant_') for n in tensors)}"
             tensors[name] = value
             node.meta["constant"] = constant_text(value)

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from autopar.errors import TraceError
 from autopar.ir.importer import SYMBOLIC
@@ -105,7 +106,7 @@ def propagate(program: Program) -> None:
                     node.meta["val"] = run_meta(node, name)
         for call in program.calls():
             body = program.blocks[str(call.target)]
-            call.meta["val"] = tuple(n.meta["val"] for n in body.output_node().args[0])
+            call.meta["val"] = tuple(n.meta["val"] for n in body.output_node().args[0])  # type: ignore
         for node in program.graph.nodes:
             if node.op == "call_function":
                 node.meta["val"] = run_meta(node, OUTER)
@@ -115,10 +116,10 @@ def run_meta(node: fx.Node, name: str) -> Any:
     if any(n.meta["val"] is None for n in node.all_input_nodes):
         return None  # reads a block call, known in the second round
     if node.target is operator.getitem:
-        return node.args[0].meta["val"][node.args[1]]
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        return node.args[0].meta["val"][node.args[1]]  # type: ignore
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
-        return node.target(*args, **{k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()})
+        return node.target(*args, **{k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()})  # type: ignore
     except Exception as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise TraceError(
@@ -145,8 +146,8 @@ def annotate(program: Program, sizes: dict[str, int]) -> None:
             for inner in body.nodes:
                 annotate_node(inner, names, sizes, program)
             out = body.output_node().args[0]
-            node.meta["requires_grad"] = tuple(bool(n.meta["requires_grad"]) for n in out)
-            node.meta["dims"] = tuple(n.meta["dims"] for n in out)
+            node.meta["requires_grad"] = tuple(bool(n.meta["requires_grad"]) for n in out)  # type: ignore
+            node.meta["dims"] = tuple(n.meta["dims"] for n in out)  # type: ignore
 
 
 def annotate_node(node: fx.Node, names: dict[str, str], sizes: dict[str, int], program: Program) -> None:
@@ -168,8 +169,8 @@ def flows(node: fx.Node) -> Any:
     value = node.meta.get("val")
     given = [n.meta["requires_grad"] for n in node.all_input_nodes]
     if node.target is operator.getitem:
-        flags = node.args[0].meta["requires_grad"]
-        return flags[node.args[1]] if isinstance(flags, tuple) else flags
+        flags = node.args[0].meta["requires_grad"]  # type: ignore
+        return flags[node.args[1]] if isinstance(flags, tuple) else flags  # type: ignore
     any_ = any(any(g) if isinstance(g, tuple) else g for g in given) and "detach" not in str(node.target)
     if isinstance(value, (tuple, list)):
         return tuple(any_ and isinstance(v, torch.Tensor) and v.is_floating_point() for v in value)

@@ -75,5 +75,5 @@ def literal(make: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return make(data, *args, **kwargs)
     value = make(data, *args, **{**kwargs, "device": "cpu"})
     if value.dim() == 0:
-        return torch.full((), data, dtype=value.dtype, device=device)
+        return torch.full((), data, dtype=value.dtype, device=device)  # type: ignore
     return value.to(device)
