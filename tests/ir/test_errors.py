@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from nets import MLP
 from torch import nn
 from torch.nn import functional as F
-from toys import MLP, VOCAB, WIDTH, Layer, Stack
+from toys import VOCAB, WIDTH, Layer, Stack
 
 from autopar.errors import TraceError
 from autopar.ir.trace import trace

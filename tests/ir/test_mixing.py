@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from nets import MLP, Conv, TwoInputs
 from torch import nn
 from torch.nn import functional as F
-from toys import MLP, VOCAB, WIDTH, Conv, Odd, Reversed, Stack, Tupled, TwoInputs
+from toys import VOCAB, WIDTH, Odd, Reversed, Stack, Tupled
 
 from autopar.ir.mixing import mixes_batch
 from autopar.ir.objective import Loss, Objective

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_equal_to_eager, tokens
-from test_families import FAMILIES, batch_of, model_of
+from equality import assert_equal_to_eager, tokens
+from nets import MLP, Averaging, Conv, Seq2Seq, TwoInputs
+from test_traced_families import FAMILIES, batch_of, model_of
 from torch import fx
 from torch.nn import functional as F
-from toys import MLP, VOCAB, WIDTH, Averaging, Conv, Seq2Seq, Stack, TwoInputs
+from toys import VOCAB, WIDTH, Stack
 
 from autopar.ir.program import Program
 from autopar.ir.rewrite import rewrite

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_equal_to_eager, tokens, unfolded
+from equality import assert_equal_to_eager, tokens, unfolded
 from torch import nn
 
 from autopar.ir.rewrite import rewrite
