@@ -88,7 +88,7 @@ def measured(zero: int, rounds: int) -> Row:
 
 
 def main() -> int:
-    given = options(__doc__, rounds=30)
+    given = options(__doc__, rounds=40)
     return report([measured(zero, given.rounds) for zero in (0, 2, 3)], given.check)
 
 

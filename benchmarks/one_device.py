@@ -77,7 +77,7 @@ def measured(name: str, rounds: int) -> Row:
 
 
 def main() -> int:
-    given = options(__doc__, rounds=30)
+    given = options(__doc__, rounds=40)
     return report([measured(name, given.rounds) for name in MODELS], given.check)
 
 

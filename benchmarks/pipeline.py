@@ -91,7 +91,7 @@ def measured(rounds: int) -> Row:
 
 
 def main() -> int:
-    given = options(__doc__, rounds=30)
+    given = options(__doc__, rounds=40)
     return report([measured(given.rounds)], given.check)
 
 

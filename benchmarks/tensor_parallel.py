@@ -227,7 +227,7 @@ def measured(kind: str, name: str, rounds: int) -> list[Row]:
 
 
 def main() -> int:
-    given = options(__doc__, rounds=40)
+    given = options(__doc__, rounds=100)
     rows = measured("mlp", f"MLP of {BLOCKS} blocks, {WIDTH}×{INNER}", given.rounds)
     rows += measured("decoder", f"decoder of {SIZES.layers} layers, width {SIZES.width}", given.rounds)
     return report(rows, given.check)

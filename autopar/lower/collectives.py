@@ -35,8 +35,8 @@ def keep(x: torch.Tensor) -> torch.Tensor:
     return x.view_as(x)
 
 
-def summed(x: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
+def summed(x: torch.Tensor, tp: ProcessGroup, in_place: bool = False) -> torch.Tensor:
+    x = x.contiguous() if in_place else x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=tp)
     return x
 
@@ -88,19 +88,25 @@ def exchanged(x: torch.Tensor, source: int, target: int, pieces: Pieces, tp: Pro
 # ------------------------------------------------------------------ moves, forward / backward
 
 
-def copy_in(x: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    """Whole to whole; the gradient comes in parts and is summed (Megatron's f)."""
-    return Move.apply(x, keep, lambda g: summed(g, tp))
+def copy_in(x: torch.Tensor, tp: ProcessGroup, in_place: bool = False) -> torch.Tensor:
+    """Whole to whole; the gradient comes in parts and is summed (Megatron's f).
+
+    ``in_place``: in the gradient's own memory, which no one else reads where all readers of ``x`` are matrix products.
+    """
+    return Move.apply(x, keep, lambda g: summed(g, tp, in_place))
 
 
-def all_reduce(x: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    """Parts to whole; the gradient is whole already (Megatron's g)."""
-    return Move.apply(x, lambda v: summed(v, tp), keep)
+def all_reduce(x: torch.Tensor, tp: ProcessGroup, in_place: bool = False) -> torch.Tensor:
+    """Parts to whole; the gradient is whole already (Megatron's g).
+
+    ``in_place``: in the memory of ``x``, a matrix product that no one else reads.
+    """
+    return Move.apply(x, lambda v: keep(summed(v, tp, in_place)), keep)
 
 
-def all_reduce_both(x: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    """Parts to whole; the gradient comes in parts, too."""
-    return Move.apply(x, lambda v: summed(v, tp), lambda g: summed(g, tp))
+def all_reduce_both(x: torch.Tensor, tp: ProcessGroup, in_place: bool = False) -> torch.Tensor:
+    """Parts to whole; the gradient comes in parts, too. ``in_place``: as in `all_reduce`."""
+    return Move.apply(x, lambda v: keep(summed(v, tp, in_place)), lambda g: summed(g, tp))
 
 
 def all_gather(x: torch.Tensor, dim: int, tp: ProcessGroup, pieces: Pieces = None) -> torch.Tensor:

@@ -85,6 +85,7 @@ class Localizer:
                 self.add_getitem(node)
             else:
                 self.add_call(node)
+        reuse_memory(self.graph)
         return Localized(self.graph, self.places, self.partial, self.env)
 
     # -------------------------------------------------------------- strategies
@@ -201,6 +202,27 @@ class Localizer:
             self.places[new] = q
             self.moved[key] = new
         return self.moved[key]
+
+
+PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default}
+"""Operators that write their result, and the gradients of their first two operands, into memory of their own, and do
+not save the result. (The gradient of a third, a bias, may be the very tensor that others get, too.)"""
+
+
+def reuse_memory(graph: fx.Graph) -> None:
+    """Let sums over the ranks take place where they read, if nobody else reads it: no copy before the all-reduce."""
+    for node in graph.nodes:
+        if node.target in (collectives.all_reduce, collectives.all_reduce_both):
+            source = node.args[0]
+            alone = source.target in PRODUCTS and len(source.users) == 1
+        else:
+            alone = node.target is collectives.copy_in and all(is_factor(node, u) for u in node.users)
+        if alone:
+            node.kwargs = {**node.kwargs, "in_place": True}
+
+
+def is_factor(node: fx.Node, reader: fx.Node) -> bool:
+    return reader.target in PRODUCTS and node in reader.args[:2] and node not in reader.args[2:]
 
 
 def gradient_flows(node: fx.Node) -> bool:
