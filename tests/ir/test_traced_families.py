@@ -56,7 +56,7 @@ DECLARED = {
     "declared_bloom": {"family": "bloom"},
 }
 DISTINCT = {"t5": 2}  # encoder and decoder; their first blocks, which make the position bias, stand alone
-SIZES = [(4, 16), (2, 9), (1, 12)]
+SIZES = [(4, 16), (1, 9)]
 
 
 def model_of(name: str) -> nn.Module:

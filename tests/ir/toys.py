@@ -27,7 +27,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Embedding, layers, head. Subclasses run the layers in other ways."""
 
-    def __init__(self, layer: Any = Layer, depth: int = 9) -> None:
+    def __init__(self, layer: Any = Layer, depth: int = 7) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(layer(i) for i in range(depth))
@@ -60,7 +60,7 @@ class Every(Stack):
     """The outer loop does more after every fifth layer."""
 
     def __init__(self, rest: int) -> None:
-        super().__init__(depth=12)
+        super().__init__(depth=10)
         self.rest = rest
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -165,11 +165,11 @@ class Hooked(Stack):
 
 
 class TiedLayers(Stack):
-    """Layers 2 and 6 share a weight."""
+    """Layers 2 and 5 share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers[6].linear.weight = self.layers[2].linear.weight
+        self.layers[5].linear.weight = self.layers[2].linear.weight
 
 
 class SharedLayer(Stack):
@@ -177,7 +177,7 @@ class SharedLayer(Stack):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers[6] = self.layers[2]
+        self.layers[5] = self.layers[2]
 
 
 class SharedChild(Stack):
