@@ -45,7 +45,7 @@ def compile(
     *,
     batch: Any,
     passes: Passes = (),
-    job: Job | None = None,
+    job: Job | Mapping[str, Any] | None = None,
     loss: Loss | None = None,
 ) -> Executable:
     """Trace, rewrite, plan and lower ``model`` for a cluster.
@@ -56,7 +56,7 @@ def compile(
     from autopar.cluster.cluster import Cluster
     from autopar.ir.specialize import example_sizes
 
-    job = job or Job()
+    job = job if isinstance(job, Job) else Job.model_validate(dict(job or {}))
     cluster = Cluster.load(cluster_spec)
     program = trace(model, batch, loss=loss)
     if job.batch is None:

@@ -40,6 +40,7 @@ CASTS = {  # a device is the run's affair; what is left is a cast
     aten._to_copy.default,
     aten.type_as.default,
 }
+SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 TRANSPOSES = {aten.t.default, aten.numpy_T.default}
 
 
@@ -97,20 +98,65 @@ def does_nothing(node: fx.Node) -> bool:
 
 
 def functionalize(graph: fx.Graph, node: fx.Node) -> None:
-    """``x /= y`` on a value that nothing aliases is ``x = x / y``: what a plan splits or moves must not change in place."""
+    """``x /= y`` is ``x = x / y``, ``x[..., :8] = y`` a slice_scatter: what a plan splits or moves must not change in place.
+
+    A value that others may alias is left as it is; the sharding rules keep all of it whole on every device.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return
     name = target._schema.name.split("::")[-1]
     plain = getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)
     changed = node.args[0]
-    if not name.endswith("_") or plain is None or not isinstance(changed, fx.Node) or aliased(changed, node):
+    if not name.endswith("_") or plain is None or not isinstance(changed, fx.Node):
         return
+    if not aliased(changed, node):
+        redirect(graph, changed, node, node)
+        node.target = plain
+    elif (
+        changed.target in SCATTERS
+        and isinstance(base := changed.args[0], fx.Node)
+        and alone(graph, base, changed, node)
+    ):
+        if node.target is aten.copy_.default:
+            node.target, node.args = aten.expand.default, (written(graph, node), list(changed.meta["val"].shape))
+        else:
+            node.target = plain
+        with graph.inserting_after(node):
+            whole = graph.call_function(SCATTERS[changed.target], (base, node, *changed.args[1:]), dict(changed.kwargs))
+        whole.meta = {"path": node.meta["path"], "requires_grad": node.meta["requires_grad"]}
+        infer(whole)
+        redirect(graph, changed, node, whole)
+        redirect(graph, base, whole, whole)
+
+
+def written(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What ``copy_`` writes, in the dtype of what it writes to."""
+    source: fx.Node = node.args[1]  # type: ignore[assignment]
+    if source.meta["val"].dtype == node.meta["val"].dtype:
+        return source
+    with graph.inserting_before(node):
+        cast = graph.call_function(aten.to.dtype, (source, node.meta["val"].dtype))
+    cast.meta = {"path": node.meta["path"], "requires_grad": node.meta["requires_grad"]}
+    return infer(cast)
+
+
+def redirect(graph: fx.Graph, old: fx.Node, new: fx.Node, after: fx.Node) -> None:
+    """Readers of ``old`` that come after ``after`` read ``new``."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    node.target = plain
-    later = [u for u in changed.users if order[u] > order[node]]
-    for user in later:
-        user.replace_input_with(changed, node)
+    for user in [u for u in old.users if order[u] > order[after]]:
+        user.replace_input_with(old, new)
+
+
+def alone(graph: fx.Graph, base: fx.Node, view: fx.Node, change: fx.Node) -> bool:
+    """Whether ``view`` is the one view of a value of its own memory that is still read after ``change``."""
+    if base.op != "call_function" or makes_view(base):
+        return False
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    others = [
+        u for u in base.users if u is not view and u.op != "output" and makes_view(u) and order[u] < order[change]
+    ]
+    return all(order[reader] < order[change] for u in others for reader in u.users)
 
 
 def aliased(node: fx.Node, by: fx.Node) -> bool:

@@ -125,6 +125,16 @@ def joined(call: Call) -> Value:
     return call.kept(places.pop())
 
 
+def inserted(call: Call) -> Value:
+    """slice_scatter and select_scatter along another dim than the batch's."""
+    dim = int(call.named("dim", 0)) % call.out.dim()
+    lower = call.node.target is aten.select_scatter.default  # its source lacks the dim
+    places = {v.dim + (lower and n is call.node.args[1] and dim <= v.dim) for n, v in call.rows()}
+    if len(places) != 1 or dim in places:
+        raise Mixing("writes over sequences of the batch")
+    return call.kept(places.pop())
+
+
 def padded(call: Call) -> Value:
     source, value = call.rows()[0]
     said = call.named("pad")

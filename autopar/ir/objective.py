@@ -49,6 +49,8 @@ class Objective(nn.Module):
         output = self.model(**self.arguments(batch))
         if self.loss is not None:
             return summed(self.loss(output, batch), batch)
+        if self.own_loss(batch) and isinstance(output, torch.Tensor) and output.dim() == 0:
+            return summed(output, batch)
         if "labels" in batch:
             return self.cross_entropy(logits_of(output), batch["labels"])
         if isinstance(output, torch.Tensor) and output.dim() == 0:
@@ -61,7 +63,7 @@ class Objective(nn.Module):
     def arguments(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as the model takes it: labels kept back unless it builds its decoder inputs from them."""
         parameters = inspect.signature(self.model.forward).parameters
-        given = {k: v for k, v in batch.items() if k != "labels" or self.decodes_labels(batch)}
+        given = {k: v for k, v in batch.items() if k != "labels" or self.decodes_labels(batch) or self.own_loss(batch)}
         if self.loss is not None:
             given = {k: v for k, v in batch.items() if k in parameters} if not takes_any(parameters) else dict(batch)
         lacking = [k for k, p in parameters.items() if k not in given and p.default is p.empty and p.kind in NAMED]
@@ -77,6 +79,11 @@ class Objective(nn.Module):
         if "use_cache" in parameters and "use_cache" not in batch:
             given["use_cache"] = False  # training needs no key-value cache, and its loss is the same without
         return given
+
+    def own_loss(self, batch: dict[str, Any]) -> bool:
+        """Whether a module of the user's own takes the labels itself; transformers' means are never right for parts."""
+        takes = "labels" in inspect.signature(self.model.forward).parameters
+        return "labels" in batch and takes and getattr(self.model, "config", None) is None
 
     def decodes_labels(self, batch: dict[str, Any]) -> bool:
         return bool(self.config("is_encoder_decoder")) and "decoder_input_ids" not in batch

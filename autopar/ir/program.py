@@ -27,6 +27,7 @@ class Parameter:
     trainable: bool = True
     alias_of: str | None = None
     role: str | None = None
+    persistent: bool = True  # part of the model's own state_dict
 
     @property
     def numel(self) -> int:

@@ -106,7 +106,11 @@ def once(objective: Objective, example: dict[str, Any], sizes: dict[str, int], w
     for node in graph.nodes:
         node.meta["path"] = strip(str(node.meta.get("path", "")))
     parameters = table(objective.model.named_parameters(remove_duplicate=False))
-    buffers = table(objective.model.named_buffers(remove_duplicate=False))
+    kept = objective.model.state_dict().keys()
+    buffers = {
+        name: replace(buffer, persistent=name in kept)
+        for name, buffer in table(objective.model.named_buffers(remove_duplicate=False)).items()
+    }
     with symbolic_sizes():
         outer, blocks = fold(graph, unprefixed(seen), {n: p.alias_of for n, p in {**parameters, **buffers}.items()})
     program = Program(

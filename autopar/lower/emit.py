@@ -274,7 +274,8 @@ class StageWriter:
             trainable = self.program.parameters[name].trainable
             self.parameters.append({**entry, "trainable": trainable, "partial_gradient": partial})
         else:
-            self.buffers.append({**entry, "persistent": name in self.program.buffers})
+            buffer = self.program.buffers.get(name)
+            self.buffers.append({**entry, "persistent": buffer is not None and buffer.persistent})
 
     def literal(self, name: str) -> str | None:
         """A small constant written out."""

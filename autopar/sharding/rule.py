@@ -182,6 +182,8 @@ def strategies(node: fx.Node, degree: int, patterns: Mapping[fx.Node, Any] | Non
     - ``output`` and block calls: replicated; the solver ties them to the graph's outputs and to the block's choices.
     """
     mine = (patterns or {}).get(node, {})
+    if node.op == "call_function" and shares_changed_memory(node):
+        return [Strategy((R,) * len(operands(node)), (R,) * len(output_shapes(node)))]
     if node.op == "call_function" and node.target is not operator.getitem:
         return _of_operator(node, degree, mine)
     if node.op == "placeholder":
@@ -193,6 +195,32 @@ def strategies(node: fx.Node, degree: int, patterns: Mapping[fx.Node, Any] | Non
         return [Strategy((p,), (p,)) for p in (*held, P)]
     outputs = () if node.op == "output" else (R,) * len(output_shapes(node))
     return [Strategy((R,) * len(operands(node)), outputs)]
+
+
+def shares_changed_memory(node: fx.Node) -> bool:
+    """Whether a value's memory is changed in place (through a view of it, perhaps): a shard or a copy would miss that."""
+    seen, stack = {node}, [node]
+    while stack:
+        here = stack.pop()
+        schema = getattr(here.target, "_schema", None)
+        if schema is None:
+            continue
+        if schema.is_mutable and here.op == "call_function":
+            return True
+        views = [u for u in here.users if u.op == "call_function" and _touches(u, here)]
+        if any(r.alias_info is not None for r in schema.returns) and isinstance(here.args[0], fx.Node):
+            views.append(here.args[0])
+        for other in views:
+            if other not in seen and other.op == "call_function":
+                seen.add(other)
+                stack.append(other)
+    return False
+
+
+def _touches(user: fx.Node, source: fx.Node) -> bool:
+    """Whether a reader views or changes the memory of ``source``."""
+    schema = getattr(user.target, "_schema", None)
+    return schema is not None and user.args[0] is source and any(r.alias_info is not None for r in schema.returns)
 
 
 def _by_dim(mine: Mapping[str, set[Pieces]]) -> dict[int, set[Pieces]]:

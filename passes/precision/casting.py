@@ -205,8 +205,8 @@ def beyond(program: Program, name: str, node: fx.Node, largest: float) -> bool:
             map_aggregate((source.args, source.kwargs), look)
         elif source.meta["kind"] in ("buffer", "constant") and source.meta["name"] in program.tensors:
             tensor = program.tensors[source.meta["name"]]
-            values = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() and not tensor.is_meta else tensor[:0]
-            found.append(bool((values.abs() > largest).any()))
+            if tensor.is_floating_point() and not tensor.is_meta:  # without values nothing can be said
+                found.append(bool((tensor[torch.isfinite(tensor)].abs() > largest).any()))
         elif name != OUTER:
             index = [n for n in program.blocks[name].nodes if n.op == "placeholder"].index(source)
             given = {a for c in program.calls() if c.target == name and isinstance(a := c.args[index], fx.Node)}

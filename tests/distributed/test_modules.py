@@ -113,3 +113,42 @@ def test_batch_norm_is_split_over_channels_and_never_over_the_batch() -> None:
     assert_equal(prove_built(Normalized(), classes(8, 3, 6, 6), dict(tp=2)))
     with pytest.raises(PlanError, match=r"dp 2 would change the model's result.*batch_norm"):
         prove_built(Normalized(), classes(8, 3, 6, 6), dict(dp=2))
+
+
+class Filling(nn.Module):
+    """Writes the parts of its result into slices of an empty tensor, and has its own loss of the labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(16, 8), "b": nn.Linear(16, 8)}) for _ in range(3))
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            y = x.new_empty(x.shape)
+            y[..., :8] = torch.tanh(layer["a"](x))
+            y[..., 8:] = layer["b"](x)
+            x = x + y
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("pins", [dict(tp=2), dict(dp=2, zero=1, microbatch=2)], ids=str)
+def test_writes_into_slices_and_a_loss_inside_the_model(pins: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (8, 6))
+    assert_equal(prove_built(Filling(), {"ids": ids, "labels": torch.randint(0, 50, (8, 6))}, pins))
+
+
+def test_the_engines_state_has_the_models_own_names(tmp_path: Any) -> None:
+    import autopar
+    from autopar.models.load import build
+
+    model = build({"hf": "llama", "config": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                 num_attention_heads=4, vocab_size=50)}, meta=False)  # fmt: skip
+    batch = {"input_ids": torch.randint(0, 50, (4, 6)), "labels": torch.randint(0, 50, (4, 6))}
+    cluster = {"name": "local-cpu", "devices_per_host": 1}
+    engine = autopar.compile(model, cluster, batch=batch, job={"optimizer": {"lr": 1e-3}}).start()
+    assert engine.state_dict().keys() == model.state_dict().keys()
+    model.load_state_dict(engine.state_dict())

@@ -49,7 +49,8 @@ def test_logits_loss_and_adapter_gradients_equal_pefts(kind: str) -> None:
     try:
         with Promoted():
             program = autopar.rewrite(
-                autopar.trace(model, batch), [{"lora": {"rank": 4, "alpha": 6, "targets": ours, "rank_stabilized": True}}]
+                autopar.trace(model, batch),
+                [{"lora": {"rank": 4, "alpha": 6, "targets": ours, "rank_stabilized": True}}],
             )
             module = program.module()
             peft = get_peft_model(
@@ -91,7 +92,9 @@ def fill(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
 
 def test_a_target_of_one_layer_adapts_that_layer_alone() -> None:
     model = model_of("llama", FAMILIES["llama"][0])
-    program = autopar.rewrite(autopar.trace(model, batch_of()), [{"lora": {"rank": 2, "targets": ["model.layers.1.mlp.up_proj"]}}])
+    program = autopar.rewrite(
+        autopar.trace(model, batch_of()), [{"lora": {"rank": 2, "targets": ["model.layers.1.mlp.up_proj"]}}]
+    )
     trainable = [n for n, p in program.parameters.items() if p.trainable]
     assert trainable == ["model.layers.1.mlp.up_proj.lora_A.weight", "model.layers.1.mlp.up_proj.lora_B.weight"]
     assert len(program.blocks) == 2
@@ -111,7 +114,9 @@ def test_an_embedding_can_be_adapted_and_starts_as_the_base_model() -> None:
 
 def test_an_unknown_target_is_refused_with_the_roles_there_are() -> None:
     program = autopar.trace(model_of("llama", FAMILIES["llama"][0]), batch_of())
-    with pytest.raises(PassError, match=r"lora: no linear layer or embedding has the role or the name 'q_porj'.*query.*value"):
+    with pytest.raises(
+        PassError, match=r"lora: no linear layer or embedding has the role or the name 'q_porj'.*query.*value"
+    ):
         autopar.rewrite(program, [{"lora": {"targets": ["q_porj"]}}])
 
 
