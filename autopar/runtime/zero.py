@@ -64,6 +64,42 @@ def microbatch_flags(module: nn.Module, zero: int, last: bool) -> None:
             module.set_reshard_after_backward(last)
 
 
+class Bucket:
+    """Gradients of one dtype that are sent together. A final one is copied into the common memory and becomes a view of
+    it, while the backward pass goes on."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.place = {p: sum(q.numel() for q in parameters[:i]) for i, p in enumerate(parameters)}
+        self.start()
+
+    def start(self) -> None:
+        """Forget the last step."""
+        self.open = set(self.parameters)  # those whose gradients are not final yet
+        self.flat: torch.Tensor | None = None
+        self.work: dist.Work | None = None
+
+    def take(self, parameter: nn.Parameter) -> None:
+        """The gradient of ``parameter`` is final; zeros where nothing flowed."""
+        if self.flat is None:
+            self.flat = parameter.new_empty(sum(p.numel() for p in self.parameters))
+        part = self.flat.narrow(0, self.place[parameter], parameter.numel()).view(parameter.shape)
+        if parameter.grad is None:
+            part.zero_()
+        else:
+            part.copy_(parameter.grad)
+        parameter.grad = part
+        self.open.discard(parameter)
+
+    @torch.no_grad()
+    def send(self, group: dist.ProcessGroup | None) -> None:
+        """Take what is left and begin the sum over the group."""
+        for parameter in list(self.open):
+            self.take(parameter)
+        assert self.flat is not None
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+
+
 class Replicas:
     """Sums the gradients of plain parameters over dp while the last micro-batch's backward goes on.
 
@@ -76,55 +112,44 @@ class Replicas:
         self.group, self.microbatches = world.group("dp"), microbatches
         targets = [module.get_submodule(u) for u in reversed(units)]  # the backward pass begins at the last unit
         self.buckets = buckets([*targets, module]) if self.group is not None else []
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         for parameter in self.bucket_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
         self.start()
 
     def start(self) -> None:
         """Forget the last step."""
+        for bucket in self.buckets:
+            bucket.start()
         self.seen = dict.fromkeys(self.bucket_of, 0)
-        self.open = [len(b) for b in self.buckets]  # parameters of each bucket whose gradients are not final yet
-        self.sent: list[tuple[list[nn.Parameter], torch.Tensor, dist.Work]] = []
-        self.next = 0
+        self.next = 0  # of the buckets, the first that is not sent
 
+    @torch.no_grad()
     def _arrived(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         self.seen[parameter] += 1
         if self.seen[parameter] == self.microbatches:
-            self.open[self.bucket_of[parameter]] -= 1
-            while self.next < len(self.buckets) and self.open[self.next] == 0:
+            self.bucket_of[parameter].take(parameter)
+            while self.next < len(self.buckets) and not self.buckets[self.next].open:
                 self._send()
 
     def _send(self) -> None:
-        for p in self.buckets[self.next]:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in self.buckets[self.next]:
-            by_dtype.setdefault(p.dtype, []).append(p)
-        for parameters in by_dtype.values():
-            grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
-            flat = grads[0] if len(grads) == 1 else torch.cat(grads)
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
-            assert work is not None
-            self.sent.append((parameters, flat, work))
+        self.buckets[self.next].send(self.group)
         self.next += 1
 
     def finish(self) -> None:
-        """Send what is left and wait for all; the gradients are then parts of what was sent together."""
+        """Send what is left and wait for all."""
         while self.next < len(self.buckets):
             self._send()
-        for parameters, flat, work in self.sent:
-            work.wait()
-            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = part.view_as(p)
+        for bucket in self.buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
         self.start()
 
 
-def buckets(modules: list[nn.Module]) -> list[list[nn.Parameter]]:
-    """The whole trainable parameters of modules, in order, each once, in lists of at least BUCKET bytes (the last: fewer;
-    the first: FIRST_BUCKET)."""
+def buckets(modules: list[nn.Module]) -> list[Bucket]:
+    """The whole trainable parameters of modules, in order, each once, in buckets of at least BUCKET bytes (the last:
+    fewer; the first: FIRST_BUCKET), apart by dtype."""
     found: list[list[nn.Parameter]] = [[]]
     seen: set[nn.Parameter] = set()
     for module in modules:
@@ -133,7 +158,8 @@ def buckets(modules: list[nn.Module]) -> list[list[nn.Parameter]]:
         enough = FIRST_BUCKET if len(found) == 1 else BUCKET
         if sum(p.numel() * p.element_size() for p in found[-1]) >= enough:
             found.append([])
-    return [bucket for bucket in found if bucket]
+    dtypes = [(together, dict.fromkeys(p.dtype for p in together)) for together in found]
+    return [Bucket([p for p in together if p.dtype == kind]) for together, kinds in dtypes for kind in kinds]
 
 
 def _whole(parameter: nn.Parameter) -> bool:
