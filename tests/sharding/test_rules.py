@@ -184,7 +184,8 @@ def test_an_operator_registered_elsewhere_has_its_rule_by_name(monkeypatch: pyte
     rule_module.find.cache_clear()
 
 
-def test_an_operator_in_place_has_the_freedom_of_the_one_that_is_not():
+def test_memory_that_is_changed_in_place_stays_whole():
+    """A shard of it, or a moved copy, would miss the change; `canonicalize` makes what it can functional before."""
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
     for node in (x, y):
@@ -193,4 +194,12 @@ def test_an_operator_in_place_has_the_freedom_of_the_one_that_is_not():
         pair = [graph.call_function(t, (x, y)) for t in (inplace, plain)]
         for node in pair:
             node.meta["val"] = x.meta["val"]
-        assert strategies(pair[0], 2) == strategies(pair[1], 2)
+        assert strategies(pair[0], 2) == [Strategy((R, R), (R,))]
+        assert len(strategies(pair[1], 2)) > 1
+    base = graph.call_function(aten.new_empty.default, (x, [4, 3]))
+    part = graph.call_function(aten.slice.Tensor, (base, 1, 0, 2))
+    for node, shape in ((base, (4, 3)), (part, (4, 2))):
+        node.meta["val"] = torch.empty(shape, device="meta")
+    write = graph.call_function(aten.fill_.Scalar, (part, 1.0))
+    write.meta["val"] = part.meta["val"]
+    assert all(s.replicated for node in (base, part, write) for s in strategies(node, 2))
