@@ -36,9 +36,16 @@ def layers(program: Program, kinds: tuple[type, ...] = (Linear, Embedding)) -> l
         for node in graph.nodes:
             seen = view(node) if node.op == "call_function" else None
             if isinstance(seen, kinds) and (parameter := parameter_of(seen.weight)) is not None:
-                path = parameter.meta["name"].removesuffix(".weight")
+                path = own_path(program, node, parameter.meta["name"].removesuffix(".weight"))
                 found.append(Layer(name, path, tuple(f"{p}{path}" for p in prefixes), seen))  # type: ignore[arg-type]
     return found
+
+
+def own_path(program: Program, node: fx.Node, path: str) -> str:
+    """The module a layer is: that of its parameter, or, where the parameter is tied, the one that reads it here."""
+    here = str(node.meta.get("path", ""))
+    tied = program.parameters.get(f"{here}.weight")
+    return here if tied is not None and tied.alias_of == f"{path}.weight" else path
 
 
 def parameter_of(node: fx.Node) -> fx.Node | None:

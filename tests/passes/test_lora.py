@@ -125,3 +125,12 @@ def test_impossible_options_are_refused_by_name(options: dict[str, object]) -> N
     program = autopar.trace(model_of("llama", FAMILIES["llama"][0]), batch_of())
     with pytest.raises(PassError, match=f"lora: .*{next(iter(options)).replace('rnak', 'rank')}"):
         autopar.rewrite(program, [{"lora": options}])
+
+
+def test_a_tied_head_is_adapted_apart_from_its_embedding() -> None:
+    config = {**FAMILIES["llama"][0], "tie_word_embeddings": True}
+    program = autopar.rewrite(
+        autopar.trace(model_of("llama", config), batch_of()), [{"lora": {"rank": 2, "targets": ["lm_head"]}}]
+    )
+    trainable = [n for n, p in program.parameters.items() if p.trainable]
+    assert trainable == ["lm_head.lora_A.weight", "lm_head.lora_B.weight"]
