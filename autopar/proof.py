@@ -162,7 +162,8 @@ def eager(module: nn.Module, prefix: str, batch: Mapping[str, torch.Tensor], job
 
     named = {n.removeprefix(prefix): p for n, p in module.named_parameters(remove_duplicate=False)}
     trained = {n: p for n, p in named.items() if p.requires_grad}
-    optimizer = reference_optimizer(job.optimizer, list({id(p): p for p in trained.values()}.values()))
+    distinct = list({id(p): p for p in trained.values()}.values())  # a tied parameter is one, under all its names
+    optimizer = reference_optimizer(job.optimizer, distinct)
     losses, gradients = [], {}
     for step in range(STEPS):
         total, count = module(dict(batch)) if prefix else module(**batch)
@@ -171,7 +172,7 @@ def eager(module: nn.Module, prefix: str, batch: Mapping[str, torch.Tensor], job
         if step == 0:
             gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
         if job.train.clip is not None:
-            torch.nn.utils.clip_grad_norm_(list(trained.values()), job.train.clip)
+            torch.nn.utils.clip_grad_norm_(distinct, job.train.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate(job.optimizer, step, job.train.steps)
         optimizer.step()
