@@ -25,7 +25,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.4f} → {losses[-1]:.4f}; {len(weights)} tensors, such as {next(iter(weights))}")
         assert losses[-1] < losses[0] and weights.keys() >= dict(model.named_parameters()).keys()
-    dist.destroy_process_group()
+    engine.leave()
 
 
 if __name__ == "__main__":

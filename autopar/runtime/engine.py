@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from autopar.runtime.optim import Optimizer
 from autopar.runtime.parameters import held_by
 from autopar.runtime.seeds import seed_of
 from autopar.runtime.sources import Source
-from autopar.runtime.world import World
+from autopar.runtime.world import World, leave
 from autopar.spec.job import Optimizer as OptimizerOptions
 
 
@@ -142,6 +143,10 @@ class Engine:
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return buffers(self.manifest, self.stages, self.world)
+
+    def leave(self) -> NoReturn:
+        """End this rank's process with status 0 when the others are done too, in place of ``destroy_process_group``."""
+        leave()
 
     def save(self, path: str | Path) -> Path:
         """Write a sharded checkpoint ``path/step-N`` that loads under any plan, and point ``path/latest`` to it."""

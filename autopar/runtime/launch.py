@@ -85,9 +85,10 @@ def _blame(failures: list[dict[str, Any]], code: int) -> str:
     """Which rank died first, and how."""
     if not failures:
         return f"torchrun ended with status {code} before training did"
-    killed = [f for f in failures if f["exitcode"] < 0 and f["exitcode"] != -signal.SIGTERM]
-    raised = [f for f in failures if f["exitcode"] not in (VICTIM, -signal.SIGTERM)]
-    first = min(killed or raised or failures, key=lambda f: f["timestamp"])
+    killed = [f for f in failures if f["exitcode"] < 0 and f["exitcode"] not in (-signal.SIGTERM, -signal.SIGABRT)]
+    raised = [f for f in failures if f["exitcode"] > 0 and f["exitcode"] != VICTIM]
+    aborted = [f for f in failures if f["exitcode"] == -signal.SIGABRT]  # gloo may abort when its peer has gone
+    first = min(killed or raised or aborted or failures, key=lambda f: f["timestamp"])
     if first["exitcode"] == VICTIM:
         return f"rank {first['rank']} lost its connection to another rank and all were stopped"
     if first["exitcode"] < 0:

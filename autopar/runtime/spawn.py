@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from autopar.errors import AutoparError, RuntimeFault
-from autopar.runtime.world import lost
+from autopar.runtime.world import leave, lost
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "autopar.runtime.engine"]
 
@@ -60,15 +60,17 @@ def _rank(
     torch.set_num_threads(threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=FileStore(store, ranks), rank=rank, world_size=ranks)
+    status = 1
     try:
         pipe.send_bytes(pickle.dumps(("done", function(*args))))  # plain bytes: torch would share memory
+        status = 0
     except AutoparError as error:
         pipe.send_bytes(pickle.dumps(("wrong", error)))
     except BaseException:
         pipe.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
     finally:
         pipe.close()
-        dist.destroy_process_group()
+        leave(status)
 
 
 def _collect(pipes: list[Connection], processes: list[ForkServerProcess], timeout: float) -> list[Any]:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from autopar.runtime.folder import BuildFolder
 from autopar.runtime.memory import Meter
 from autopar.runtime.parameters import plain
 from autopar.runtime.sources import Source
-from autopar.runtime.world import VICTIM, lost
+from autopar.runtime.world import VICTIM, leave, lost
 
 CHECKPOINTS = "checkpoints"
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -42,15 +43,22 @@ def main(
     """Train a build folder to the job's last step. Under torchrun, one call on each rank.
 
     ``resume``: go on from the last checkpoint, if there is one (default: whether the command line says ``--resume``).
-    ``build`` and ``source``: as for `Engine`. Ends the process with status 2 and one message when the user's input is
-    wrong. On SIGTERM or SIGINT, saves and stops.
+    ``build`` and ``source``: as for `Engine`. Ends the process: with status 0, or with status 2 and one message when the
+    user's input is wrong. On SIGTERM or SIGINT, saves and stops.
     """
     if resume is None:
         parser = argparse.ArgumentParser(description="Train this build folder (start it with torchrun).")
         parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         resume = parser.parse_args().resume
     assert resume is not None
-    _recorded(Path(folder).resolve(), resume, build, source)
+    try:
+        _recorded(Path(folder).resolve(), resume, build, source)
+    except SystemExit as ending:
+        leave(ending.code if isinstance(ending.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
 
 
 @record
@@ -72,9 +80,6 @@ def _recorded(
         if not lost(str(error)):
             raise
         raise SystemExit(VICTIM) from None  # the launcher names the rank that failed; this one has nothing to say
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # without it gloo aborts at exit now and then (torch 2.13)
 
 
 def _die_with_parent() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -147,3 +148,22 @@ def start(device: torch.device) -> None:
     attempt = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=ranks)
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End this rank's process with ``status``, without taking its process groups apart.
+
+    Gloo's threads may still hold tensors, or be told of a connection that closes, while Python or
+    ``destroy_process_group`` tears them down; now and then that aborts a rank whose work is done (torch 2.13; the
+    same report: pytorch pull request 179291). So nothing is torn down: where all went well the ranks wait for each
+    other, then each flushes its output and ends at once, and the system closes what is open.
+    """
+    if status == 0 and dist.is_initialized():
+        try:
+            dist.barrier()
+        except RuntimeError as error:  # another rank failed after this one had finished
+            if not lost(str(error)):
+                raise
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)

@@ -100,7 +100,8 @@ def test_after_a_rank_was_killed_a_resumed_run_has_the_losses_of_an_uninterrupte
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("autopar: rank 1 was killed by SIGKILL") and "--resume" in message and "step-2" in message
     monkeypatch.delenv("DIE")
-    assert launch.run(folder, resume=True) == 0
+    code = launch.run(folder, resume=True)
+    assert code == 0, capfd.readouterr().err
     assert losses(folder) == losses(whole)
 
 
@@ -110,6 +111,13 @@ def test_a_rank_that_raises_is_the_one_that_is_named(tmp_path, monkeypatch, capf
     assert launch.run(folder) == 1
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("autopar: rank 1 failed (ValueError: told to)") and "no checkpoint yet" in message
+
+
+def test_of_a_rank_that_raised_and_one_that_aborted_with_it_the_first_is_named():
+    aborted = {"rank": 0, "exitcode": -signal.SIGABRT, "message": "", "timestamp": 1}
+    raised = {"rank": 1, "exitcode": 1, "message": "ValueError: told to", "timestamp": 2}
+    assert launch._blame([aborted, raised], 1).startswith("rank 1 failed (ValueError: told to)")
+    assert launch._blame([aborted], 1).startswith("rank 0 was killed by SIGABRT")
 
 
 def test_input_that_only_one_rank_finds_wrong_is_reported_too(tmp_path, monkeypatch, capfd):
