@@ -30,8 +30,9 @@ def _facts(document: PlanDocument) -> dict[str, object]:
     return {
         "model": document.title or f"{document.model.parameters:,}",
         "cluster": document.cluster or "–",
-        **plan.mesh.model_dump(),
+        **plan.mesh.degrees,
         "zero": plan.zero,
+        "sharded over": plan.mesh.dp_shard if plan.zero else 1,
         "microbatch": plan.microbatch,
         "microbatches": plan.microbatches,
         "schedule": plan.schedule,

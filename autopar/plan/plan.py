@@ -17,16 +17,64 @@ class Frozen(BaseModel):
 
 
 class MeshShape(Frozen):
-    """Degree of every axis, outermost (slowest links) first."""
+    """Degree of every axis, outermost (slowest links) first.
+
+    ``dp_replicate``: dp is so many replicas of ``dp_shard`` devices, which divide among themselves what ZeRO divides
+    (hybrid sharding; dp_shard is the inner one). 1: all of dp divides it. In JSON both stand beside ``dp`` where
+    there are several replicas.
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    dp_replicate: int = 1
+
+    @property
+    def dp_shard(self) -> int:
+        """Among how many devices of dp ZeRO divides."""
+        return self.dp // self.dp_replicate
 
     @property
     def devices(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The axes that number the devices; their product is `devices`."""
+        return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def within(self) -> MeshShape:
+        """A mesh whose dp is the devices that divide a replica's state among themselves."""
+        return MeshShape(dp=self.dp_shard, cp=self.cp, tp=self.tp)
+
+    @property
+    def across(self) -> MeshShape:
+        """A mesh whose dp is the replicas: the devices that hold the same part of the state."""
+        return MeshShape(pp=self.pp, dp=self.dp_replicate, cp=self.cp * self.dp_shard, tp=self.tp)
+
+    @model_validator(mode="after")
+    def _divides(self) -> MeshShape:
+        if self.dp % self.dp_replicate:
+            raise ValueError(f"dp_replicate {self.dp_replicate} does not divide dp {self.dp}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        hybrid = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard} if self.dp_replicate > 1 else {}
+        return self.degrees | hybrid
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        """``dp_shard`` says the same as ``dp_replicate``; each may stand alone."""
+        if not isinstance(data, dict) or "dp_shard" not in data:
+            return data
+        dp, shard = data.get("dp", 1), data["dp_shard"]
+        if not isinstance(shard, int) or shard < 1 or dp != shard * data.get("dp_replicate", dp // shard):
+            raise ValueError(f"dp_replicate {data.get('dp_replicate', 1)} × dp_shard {shard} is not dp {dp}")
+        return {k: v for k, v in data.items() if k != "dp_shard"} | {"dp_replicate": dp // shard}
 
 
 class Seconds(Frozen):
@@ -80,6 +128,15 @@ class Plan(Frozen):
     choices: dict[str, dict[str, Choice]] = {}  # graph name ("program" or a block's) → node name → choice along tp
     placements: dict[str, str] = {}  # parameter → "S(0)@tp" or "R"
     unsplit: tuple[str, ...] = ()  # operators without a rule, replicated along tp
+
+    @model_validator(mode="after")
+    def _shards_something(self) -> Plan:
+        if self.mesh.dp_replicate > 1 and (self.zero == 0 or self.mesh.dp_shard == 1):
+            raise ValueError(
+                f"dp_replicate {self.mesh.dp_replicate} × dp_shard {self.mesh.dp_shard} with zero={self.zero} divides "
+                "nothing; dp_replicate 1 and zero=0 say the same"
+            )
+        return self
 
 
 class Bytes(Frozen):

@@ -31,13 +31,20 @@ def _model(document: PlanDocument, title: str) -> list[str]:
 
 def _decision(plan: Plan) -> list[str]:
     mesh = plan.mesh
-    degrees = " · ".join(f"{axis} {degree}" for axis, degree in mesh.model_dump().items())
+    degrees = " · ".join(f"{axis} {degree}" for axis, degree in mesh.degrees.items())
     sequence = ", sequence parallel" if plan.sequence_parallel else ""
     virtual = f", {plan.virtual_stages} virtual stages a rank" if plan.virtual_stages > 1 else ""
     return [
-        f"mesh           {degrees} = {mesh.devices} devices; ZeRO {plan.zero}{sequence}",
+        f"mesh           {degrees} = {mesh.devices} devices; {zero_of(plan)}{sequence}",
         f"schedule       {plan.schedule}{virtual}; {plan.microbatches} × {plan.microbatch} sequences a replica",
     ]
+
+
+def zero_of(plan: Plan) -> str:
+    """``ZeRO 3``, or with replicas beside it ``ZeRO 3 over 8 of 64 (8 replicas)``."""
+    mesh = plan.mesh
+    hybrid = f" over {mesh.dp_shard} of {mesh.dp} ({mesh.dp_replicate} replicas)" if mesh.dp_replicate > 1 else ""
+    return f"ZeRO {plan.zero}{hybrid}"
 
 
 def _cost(cost: Cost) -> list[str]:

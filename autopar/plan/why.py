@@ -10,6 +10,7 @@ from autopar.errors import PlanError
 from autopar.plan.edges import Edge, edges
 from autopar.plan.names import starred
 from autopar.plan.plan import Choice, NodeFacts, PlanDocument
+from autopar.plan.text import zero_of
 from autopar.spec.quantity import show_seconds
 
 NEAR = 5  # names that are proposed for a misspelled one
@@ -145,7 +146,7 @@ def _parameters(document: PlanDocument, names: list[str]) -> Iterator[str]:
         yield from _readings(document, members[0])
     if len(found) > LISTED:
         yield f"… and {len(found) - LISTED} more kinds"
-    yield f"  over dp {plan.mesh.dp}: ZeRO {plan.zero}, {ZERO[plan.zero]}"
+    yield f"  over dp {plan.mesh.dp}: {zero_of(plan)}, {ZERO[plan.zero]}"
 
 
 def _readings(document: PlanDocument, name: str) -> Iterator[str]:

@@ -106,6 +106,19 @@ def check(plan: Plan, manifest: Manifest) -> None:
     zero.check(plan.zero, name, pp > 1 and plan.mesh.dp > 1)
 
 
+class _Stage(PipelineStage):
+    """A stage whose sharded gradients are summed over replicas once, in the backward pass of the last micro-batch.
+
+    Only for hidden FSDP modules: of a bare one torch's stage decides itself. Schedules that work with those run the
+    backward passes of a stage in the order of the micro-batches.
+    """
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        assert isinstance(self.submod, zero.Hidden) and self.chunks is not None
+        zero.sum_over_replicas(self.submod.module, bwd_chunk_id == self.chunks - 1)
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+
 class _Contiguous(torch.autograd.Function):
     """Nothing, but the gradient comes out contiguous: sending it to the stage before requires that."""
 
@@ -148,7 +161,8 @@ def _stage(
     if not last:
         module.register_forward_hook(_leave(entry))
     loss = (torch.empty((), device=world.device, requires_grad=True), torch.empty((), device=world.device))
-    return PipelineStage(
+    kind = _Stage if isinstance(module, zero.Hidden) and world.shape.dp_replicate > 1 else PipelineStage
+    return kind(
         module,
         index,
         len(plan.stages),

@@ -22,11 +22,15 @@ AXES = ("pp", "dp", "tp")  # outermost (slowest links) first: ranks next to each
 
 @dataclass
 class World:
-    """Where this process stands. Without a process group (one device) every collective is a no-op."""
+    """Where this process stands. Without a process group (one device) every collective is a no-op.
+
+    ``states``: the mesh over dp that FSDP shards over, (dp_replicate, dp_shard) where ZeRO is hybrid.
+    """
 
     shape: MeshShape
     device: torch.device
     mesh: DeviceMesh | None = None
+    states: DeviceMesh | None = None
     _teams: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
@@ -51,12 +55,19 @@ class World:
             )
         if not dist.is_initialized():
             return cls(shape, device)
-        return cls(
-            shape, device, init_device_mesh(device.type, tuple(getattr(shape, a) for a in AXES), mesh_dim_names=AXES)
-        )
+        mesh = init_device_mesh(device.type, tuple(getattr(shape, a) for a in AXES), mesh_dim_names=AXES)
+        states = mesh["dp"]
+        if shape.dp_replicate > 1:
+            states = states._unflatten("dp", (shape.dp_replicate, shape.dp_shard), ("dp_replicate", "dp_shard"))
+        return cls(shape, device, mesh, states)
 
     def rank(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+
+    @property
+    def replica(self) -> int:
+        """Which of the replicas that divide their state over dp_shard devices each this rank belongs to."""
+        return self.rank("dp") // self.shape.dp_shard
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The process group along an axis; None where the axis has one device."""

@@ -1,6 +1,8 @@
 """ZeRO 0 to 3 along dp: who holds parameters, gradients and optimizer state, and when gradients are summed.
 
-1, 2 and 3 are FSDP2's `fully_shard`; gradients are *summed* (the loss is already divided by the global count). 0 is
+1, 2 and 3 are FSDP2's `fully_shard`; gradients are *summed* (the loss is already divided by the global count). Hybrid:
+over a mesh (dp_replicate, dp_shard), state is divided over dp_shard only; gradients are reduce-scattered over dp_shard
+when the stage says so, and what is left of them is summed over dp_replicate once a step. 0 is
 plain parameters and an all-reduce of each unit's gradients as soon as they are final: torch's `replicate` keeps every
 parameter twice (measured with torch 2.13), and does not mix with schedules that split the backward pass.
 """
@@ -39,12 +41,12 @@ def check(zero: int, schedule: str, pipelined: bool) -> None:
 
 
 def shard(module: nn.Module, units: tuple[str, ...], zero: int, world: World) -> None:
-    """Shard a stage's parameters along dp, one group per unit and one for the rest. Nothing at zero=0 or dp=1."""
+    """Shard a stage's parameters over ``world.states``, one group per unit and one for the rest. Nothing at zero=0 or dp=1."""
     if zero == 0 or world.shape.dp == 1:
         return
-    assert world.mesh is not None
+    assert world.states is not None
     scalars = {p for p in module.parameters() if p.dim() == 0}  # dim 0 is what FSDP splits; these stay whole
-    mesh, reshard = world.mesh["dp"], zero == 3
+    mesh, reshard = world.states, zero == 3
     for target in [*(module.get_submodule(u) for u in units), module]:
         fully_shard(target, mesh=mesh, reshard_after_forward=reshard, ignored_params=scalars)
     for part in module.modules():  # neither setter recurses: forgetting one averages silently (torch 2.13)
@@ -59,9 +61,16 @@ def microbatch_flags(module: nn.Module, zero: int, last: bool) -> None:
     """Before a micro-batch, outside pipelines: only the last one waits for all sums; zero=1 reduces once, in that."""
     if isinstance(module, FSDPModule):
         module.set_is_last_backward(last)
+        sum_over_replicas(module, last)
         if zero == 1:
             module.set_requires_gradient_sync(last)
             module.set_reshard_after_backward(last)
+
+
+def sum_over_replicas(module: nn.Module, last: bool) -> None:
+    """Before a micro-batch's backward: over dp_replicate its sharded gradients are summed with the last one's only."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(last)
 
 
 class Bucket:

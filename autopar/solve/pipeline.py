@@ -82,7 +82,7 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     regions = [profile.regions[k] for k in profile.kinds]
     holds = [profile.holds[k] for k in profile.kinds]
     between = {k: r for k, r in profile.outer.items() if 0 <= k < n}
-    dp, link = candidate.mesh.dp, setting.cluster.axis_link(candidate.mesh, "dp")
+    dp, link = candidate.mesh.dp, setting.cluster.axis_link(candidate.mesh.within, "dp")
     p, zero = setting.precision, candidate.zero
 
     def row(pick):  # noqa: ANN001, ANN202 - a number of a region
@@ -156,23 +156,29 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     Gradients are summed while the last backward runs, unit by unit; what is longer than that backward, or the last
     unit, shows. Bare ZeRO 1 inside a pipeline reduces after the schedule: all of it shows. Parameters that ZeRO 1 and 2
     keep divided are gathered in the first forward, behind which all but the first unit hide. Partial gradients are
-    summed over tp after the schedule. ``stage`` has elements ``trained, all, partial, largest`` and seconds ``forward,
+    summed over tp after the schedule. Hybrid: what is left of gradients after the reduction within is summed over the
+    replicas in the last backward. ``stage`` has elements ``trained, all, partial, largest`` and seconds ``forward,
     backward``.
     """
     mesh, p, zero = candidate.mesh, setting.precision, candidate.zero
     dp, tp = setting.cluster.axis_link(mesh, "dp"), setting.cluster.axis_link(mesh, "tp")
+    within, across = (setting.cluster.axis_link(m, "dp") for m in (mesh.within, mesh.across))
     exposed = 0.0 * stage.trained
 
     def reduced(elements: Array) -> Array:
-        return (1 if zero else 2) * line(lambda b: collective.gather(b, dp), p.reduce.itemsize * elements)
+        size = p.reduce.itemsize * elements
+        if zero == 0:
+            return 2 * line(lambda b: collective.gather(b, dp), size)
+        inside = line(lambda b: collective.gather(b, within), size) if zero == 1 else 0.0
+        return inside + 2 * line(lambda b: collective.gather(b, across), size / mesh.dp_shard)
 
-    if mesh.dp > 1 and zero <= 1:
+    if mesh.dp > 1 and (zero <= 1 or mesh.dp_replicate > 1):
         whole = reduced(stage.trained)
         hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
         exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), whole - hidden)
     if mesh.dp > 1 and zero in (1, 2):
-        fetch = line(lambda b: collective.gather(b, dp), p.compute.itemsize * stage.all)
-        first = line(lambda b: collective.gather(b, dp), p.compute.itemsize * stage.largest)
+        fetch = line(lambda b: collective.gather(b, within), p.compute.itemsize * stage.all)
+        first = line(lambda b: collective.gather(b, within), p.compute.itemsize * stage.largest)
         exposed = exposed + np.maximum(np.minimum(fetch, first), fetch - stage.forward)
     if mesh.tp > 1:
         size = p.gradients.itemsize * stage.partial / sharding.split

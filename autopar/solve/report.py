@@ -165,8 +165,9 @@ def summary(o: Outcome) -> str:
     again = sum(m > 0 for p in o.parts for m in p.recompute)
     total = sum(len(p.recompute) for p in o.parts)
     name = c.schedule if c.virtual == 1 else f"{c.schedule} × {c.virtual}"
+    dp = f"{c.mesh.dp_replicate} × {c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else c.mesh.dp
     return (
-        f"tp {c.mesh.tp} · pp {c.mesh.pp} · dp {c.mesh.dp} · zero {c.zero} · micro-batch {c.microbatch} · {name} · "
+        f"tp {c.mesh.tp} · pp {c.mesh.pp} · dp {dp} · zero {c.zero} · micro-batch {c.microbatch} · {name} · "
         f"{again} of {total} blocks recomputed"
     )
 

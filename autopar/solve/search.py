@@ -128,11 +128,12 @@ def ordered(source: Source, setting: Setting, batch: Batch, pins: Pins) -> list[
     found = []
     for mesh in grids:
         for variant in source.variants(mesh.tp):
-            for c in candidates(mesh, batch.sequences, source.calls, pins, variant):
+            for c in candidates(mesh, batch.sequences, source.calls, cluster.devices_per_host, pins, variant):
                 if source.could_fit(c):
                     found.append((source.least(c), c))
     if not found:
-        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, pins, source.variants(m.tp)[0])]
+        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, cluster.devices_per_host, pins,
+                                                      source.variants(m.tp)[0])]  # fmt: skip
         if not legal:
             raise PlanError(
                 f"no schedule goes with these pins: {pins.schedule or 'any schedule'}, virtual_stages="
@@ -144,7 +145,7 @@ def ordered(source: Source, setting: Setting, batch: Batch, pins: Pins) -> list[
 
 def order(c: Candidate) -> tuple:
     """Ties are broken the same way every time: simpler plans first."""
-    return (c.mesh.pp, c.mesh.tp, c.zero, c.virtual, c.schedule, -c.microbatch, c.variant)
+    return (c.mesh.pp, c.mesh.tp, c.zero, c.mesh.dp_replicate, c.virtual, c.schedule, -c.microbatch, c.variant)
 
 
 def evaluate(program: Program | Callable[[int], Program], cluster: Cluster, job: Job, plan: Plan) -> PlanDocument:

@@ -69,7 +69,7 @@ def smallest(source: Source, setting: Setting, legal: list[Candidate]) -> Need |
     """The candidate that needs least: among those with the smallest micro-batch and one stage a device."""
     rank = sorted(
         (c for c in legal if c.virtual == 1 and c.schedule != "gpipe" or c.mesh.pp == 1),
-        key=lambda c: (c.microbatch, -c.zero, -c.mesh.tp * c.mesh.pp),
+        key=lambda c: (c.microbatch, -c.zero, c.mesh.dp_replicate, -c.mesh.tp * c.mesh.pp),
     )
     found = [made for c in rank[:TRIED] if (made := need(source, setting, c)) is not None]
     found = found or [made for c in legal[:TRIED] if (made := need(source, setting, c)) is not None]
@@ -90,9 +90,10 @@ def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: lis
              "activations": b.activations, "buffers at the peak": b.transient}  # fmt: skip
     largest = ", ".join(f"{k} {v / GIB:.1f}" for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
     where = f" on stage {best.stage}" if c.stages > 1 else ""
+    hybrid = f", dp_shard={c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else ""
     text = (
         f"no plan fits {cluster.name} ({cluster.devices} devices): {best.total / GIB:.1f} GiB per device needed at best{where} "
-        f"(tp={c.mesh.tp}, pp={c.mesh.pp}, dp={c.mesh.dp}, zero={c.zero}, microbatch={c.microbatch}, recompute "
+        f"(tp={c.mesh.tp}, pp={c.mesh.pp}, dp={c.mesh.dp}{hybrid}, zero={c.zero}, microbatch={c.microbatch}, recompute "
         f"{best.recompute}), {there}; {largest} GiB"
     )
     ways = relaxations(source, setting, batch, job, best)
@@ -104,7 +105,9 @@ def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: 
     margin = 1 - job.search.memory_margin
     found = []
     free = {
-        k for k in ("tp", "pp", "dp", "zero", "microbatch", "recompute", "schedule") if getattr(job.pins, k) is not None
+        k
+        for k in ("tp", "pp", "dp", "dp_replicate", "dp_shard", "zero", "microbatch", "recompute", "schedule")
+        if getattr(job.pins, k) is not None
     }
     if free:
         loose = unpinned(source, setting, batch, job)
@@ -135,7 +138,7 @@ def more_hosts(source: Source, setting: Setting, batch: Batch, job: Job) -> str 
     for times in MORE_HOSTS:
         cluster = grown(setting.cluster, times)
         wider = replace(setting, cluster=cluster)
-        pins = job.pins.model_copy(update={"dp": None, "pp": None})
+        pins = job.pins.model_copy(update={"dp": None, "dp_replicate": None, "pp": None})
         made = least_on(Source(source.program, cluster, wider, job), wider, cluster, batch, pins)
         if made is not None and made.total <= setting.limit:
             return f"{cluster.hosts} hosts ({made.total / GIB:.1f} GiB per device)"
@@ -152,7 +155,8 @@ def grown(cluster: Cluster, times: int) -> Cluster:
 def least_on(source: Source, setting: Setting, cluster: Cluster, batch: Batch, pins: Pins) -> Need | None:
     try:
         grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins)
-        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, pins, source.variants(m.tp)[0])]
+        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, cluster.devices_per_host, pins,
+                                                      source.variants(m.tp)[0])]  # fmt: skip
     except PlanError:
         return None
     return smallest(source, setting, legal)

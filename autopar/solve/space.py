@@ -36,7 +36,8 @@ def meshes(devices: int, per_host: int, blocks: int, sequences: int, pins: Pins)
             if devices % (tp * pp) or pp > max(1, blocks):
                 continue
             dp = devices // (tp * pp)
-            if pins.dp in (None, dp) and sequences % dp == 0:
+            parts = (pins.dp_shard or 1, pins.dp_replicate or 1)
+            if pins.dp in (None, dp) and sequences % dp == 0 and not any(dp % part for part in parts):
                 found.append(MeshShape(pp=pp, dp=dp, tp=tp))
     if not found:
         raise PlanError(impossible(devices, blocks, sequences, pins))
@@ -51,25 +52,53 @@ def impossible(devices: int, blocks: int, sequences: int, pins: Pins) -> str:
         total = pins.tp * pins.pp * pins.dp
         return f"tp={pins.tp} · pp={pins.pp} · dp={pins.dp} = {total}, but there are {devices} devices"
     model = (pins.tp or 1) * (pins.pp or 1)
+    shard = pins.dp_shard or pins.dp_replicate
+    parts = f", and {shard} (dp_{'shard' if pins.dp_shard else 'replicate'}) divide the replicas" if shard else ""
     return (
         f"{devices} devices and {sequences} sequences a step do not go together: the replicas (dp = {devices} / (tp · pp)"
         f"{f', at most {devices // model} here' if model > 1 else ''}) must divide the sequences, tp stay within a host "
-        f"and pp within the {blocks} blocks; take sequences that a divisor of {devices} divides"
+        f"and pp within the {blocks} blocks{parts}; take sequences that a divisor of {devices} divides"
     )
 
 
-def candidates(mesh: MeshShape, sequences: int, blocks: int, pins: Pins, variant: str) -> Iterator[Candidate]:
-    """Every ZeRO stage, micro-batch and schedule on a mesh."""
+def candidates(
+    mesh: MeshShape, sequences: int, blocks: int, per_host: int, pins: Pins, variant: str
+) -> Iterator[Candidate]:
+    """Every ZeRO stage (and how many devices share a state), micro-batch and schedule on a mesh."""
     each = sequences // mesh.dp
     if pins.microbatch and each % pins.microbatch:
         return
-    zeros = [pins.zero] if pins.zero is not None else [0] if mesh.dp == 1 else [0, 1, 2, 3]
+    states = list(shardings(mesh, per_host, pins))
     for b in [pins.microbatch] if pins.microbatch else divisors(each):
         for schedule, virtual in schedules(mesh.pp, each // b, blocks, pins):
-            for zero in zeros:
+            for shape, zero in states:
                 if schedule == "interleavedzerobubble" and zero > 1:
                     continue  # wrong gradients, without a word (torch 2.13)
-                yield Candidate(mesh, zero, b, each // b, schedule, virtual, variant)
+                yield Candidate(shape, zero, b, each // b, schedule, virtual, variant)
+
+
+def shardings(mesh: MeshShape, per_host: int, pins: Pins) -> Iterator[tuple[MeshShape, int]]:
+    """The mesh with every ZeRO stage, over all of dp and over every part of it that may share a state."""
+    degrees = replicas(mesh, per_host, pins)
+    for zero in [pins.zero] if pins.zero is not None else [0] if mesh.dp == 1 else [0, 1, 2, 3]:
+        for degree in degrees:
+            if mesh.dp == 1 or (degree == mesh.dp) == (zero == 0):
+                yield mesh.model_copy(update={"dp_replicate": degree if zero else 1}), zero
+
+
+def replicas(mesh: MeshShape, per_host: int, pins: Pins) -> list[int]:
+    """How often a state may be held along dp, from once (divided among all) to dp times (not divided).
+
+    Where dp leaves a host, the devices that share a state lie within a host or are whole hosts: other numbers pay for the
+    links between hosts as these do and spare less memory.
+    """
+    if pins.dp_shard or pins.dp_replicate:
+        return [pins.dp_replicate or mesh.dp // (pins.dp_shard or 1)]
+    inner = mesh.tp * mesh.cp
+    if mesh.dp * inner <= per_host:
+        return [1, mesh.dp]
+    fits = [s for s in divisors(mesh.dp) if per_host % (inner * s) == 0 or inner * s % per_host == 0]
+    return [mesh.dp // s for s in sorted({1, *fits, mesh.dp}, reverse=True)]
 
 
 def schedules(pp: int, microbatches: int, blocks: int, pins: Pins) -> Iterator[tuple[str, int]]:

@@ -63,7 +63,7 @@ class Cutter:
         self.n = len(blocks.forward)
         self.sharding = sharding_of(candidate, setting)
         mesh = candidate.mesh
-        self.dp = setting.cluster.axis_link(mesh, "dp")
+        self.within = setting.cluster.axis_link(mesh.within, "dp")
         pp = setting.cluster.axis_link(mesh, "pp")
         self.sends = [collective.send(float(b), pp) for b in blocks.cuts]
         self.flight = flights(candidate)
@@ -178,11 +178,11 @@ class Cutter:
         if self.candidate.mesh.dp == 1 or zero < 2:
             return np.zeros_like(root), np.zeros_like(root)
         reduce = line(
-            lambda x: collective.gather(x, self.dp), p.reduce.itemsize * (root_trained + largest * (unit > 0))
+            lambda x: collective.gather(x, self.within), p.reduce.itemsize * (root_trained + largest * (unit > 0))
         )
         if zero == 2:
             return np.zeros_like(root), reduce
-        gather = line(lambda x: collective.gather(x, self.dp), p.compute.itemsize * (root + unit))
+        gather = line(lambda x: collective.gather(x, self.within), p.compute.itemsize * (root + unit))
         return gather, gather + reduce
 
     # ---------------------------------------------------------------- memory
@@ -300,7 +300,7 @@ def walk(links: list[Array], n: int) -> list[tuple[int, int]]:
 
 def sharding_of(candidate: Candidate, setting: Setting) -> Sharding:
     accumulates = candidate.microbatches > 1 or candidate.mesh.pp > 1
-    return Sharding(candidate.zero, candidate.mesh.dp, setting.precision, setting.moments, accumulates)
+    return Sharding(candidate.zero, candidate.mesh.dp_shard, setting.precision, setting.moments, accumulates)
 
 
 def flights(candidate: Candidate) -> tuple[int, ...]:

@@ -68,11 +68,16 @@ class Data(Spec):
 
 
 class Pins(Spec):
-    """Decisions fixed by hand; None leaves one to the solver. ``microbatch``: sequences per replica per micro-batch."""
+    """Decisions fixed by hand; None leaves one to the solver. ``microbatch``: sequences per replica per micro-batch.
+
+    ``dp_shard``: among how many devices ZeRO divides; ``dp_replicate``: how many times that is done; dp is the product.
+    """
 
     tp: Count | None = None
     pp: Count | None = None
     dp: Count | None = None
+    dp_replicate: Count | None = None
+    dp_shard: Count | None = None
     cp: Count | None = None
     zero: Literal[0, 1, 2, 3] | None = None
     microbatch: Count | None = None
@@ -80,6 +85,33 @@ class Pins(Spec):
     virtual_stages: Count | None = None
     sequence_parallel: Flag | None = None
     recompute: Literal["none", "selective", "full"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hybrid(cls, data: Any) -> Any:
+        """Two of dp, dp_replicate and dp_shard say the third."""
+        if not isinstance(data, dict):
+            return data
+        dp, replicate, shard = (data.get(k) for k in ("dp", "dp_replicate", "dp_shard"))
+        if not all(v is None or isinstance(v, int) and v > 0 for v in (dp, replicate, shard)):
+            return data
+        if dp is None:
+            return data | {"dp": replicate * shard} if replicate and shard else data
+        for name, degree in (("dp_replicate", replicate), ("dp_shard", shard)):
+            if degree and dp % degree:
+                raise ValueError(f"{name} {degree} does not divide dp {dp}")
+        if replicate and shard and replicate * shard != dp:
+            raise ValueError(f"dp_replicate {replicate} × dp_shard {shard} is {replicate * shard}, not dp {dp}")
+        return data
+
+    @model_validator(mode="after")
+    def _divides_something(self) -> Pins:
+        shard = self.dp_shard or (self.dp // self.dp_replicate if self.dp and self.dp_replicate else None)
+        if self.zero == 0 and self.dp_replicate != self.dp and shard is not None and shard > 1:
+            raise ValueError(f"zero 0 divides nothing; dp_shard {shard} goes with zero 1, 2 or 3")
+        if self.zero and shard == 1 and (self.dp or 1) > 1:
+            raise ValueError(f"dp_shard 1 divides nothing, which is zero 0, not zero {self.zero}")
+        return self
 
 
 class Search(Spec):

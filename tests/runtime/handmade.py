@@ -144,12 +144,12 @@ def reference(blocks: int = 4, tied: bool = False, seed: int = 0, dtype: torch.d
 
 def plan_of(
     blocks: int = 4, *, pp: int = 1, dp: int = 1, tp: int = 1, zero: int = 0, microbatch: int = 2,
-    microbatches: int = 2, schedule: str = "1f1b", virtual: int = 1,
+    microbatches: int = 2, schedule: str = "1f1b", virtual: int = 1, replicate: int = 1,
 ) -> Plan:  # fmt: skip
     count = pp * virtual
     cuts = [blocks * i // count for i in range(count + 1)]
     return Plan(
-        mesh=MeshShape(pp=pp, dp=dp, tp=tp), zero=zero, microbatch=microbatch, microbatches=microbatches,
+        mesh=MeshShape(pp=pp, dp=dp, tp=tp, dp_replicate=replicate), zero=zero, microbatch=microbatch, microbatches=microbatches,
         schedule=schedule, virtual_stages=virtual,
         stages=tuple(Stage(blocks=(cuts[i], cuts[i + 1] - 1)) for i in range(count)),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from handmade import batch_of, error, plan_of, reference, write
 
@@ -65,6 +66,26 @@ def prove(tmp_path, *, tied=False, frozen=(), train=_train, **options):
         assert abs(got_norm - norm) < 1e-12 * norm, (rank, got_norm, norm)
         assert error(got_first, first) < 1e-12, rank
         assert error(got_last, last) < 1e-9, rank
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_hybrid_zero_equals_one_process(tmp_path, zero):
+    prove(tmp_path, dp=4, replicate=2, zero=zero, microbatches=3, microbatch=1, tied=zero == 2)
+
+
+@pytest.mark.parametrize(("zero", "schedule"), [(1, "gpipe"), (2, "1f1b"), (3, "gpipe")])
+def test_hybrid_zero_under_a_pipeline_equals_one_process(tmp_path, zero, schedule):
+    prove(tmp_path, pp=2, dp=4, replicate=2, zero=zero, schedule=schedule, microbatch=1, microbatches=3, tied=True)
+
+
+def test_hybrid_zero_under_an_interleaved_pipeline_with_frozen_stages_equals_one_process(tmp_path):
+    frozen = ("embed", "blocks.0", "blocks.2.norm")
+    more = dict(schedule="interleaved1f1b", virtual=2, microbatches=4, microbatch=1)
+    prove(tmp_path, pp=2, dp=4, replicate=2, zero=3, frozen=frozen, **more)
+
+
+def test_hybrid_zero_with_tensor_parallel_equals_one_process(tmp_path):
+    prove(tmp_path, dp=4, replicate=2, tp=2, zero=2, microbatch=1)
 
 
 def test_one_device_equals_the_model(tmp_path):

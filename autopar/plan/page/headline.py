@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autopar.plan.page.html import Child, Markup, tag
 from autopar.plan.plan import Plan, PlanDocument
+from autopar.plan.text import zero_of
 from autopar.spec.quantity import show_bytes, show_seconds
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -32,12 +33,12 @@ def _sentence(document: PlanDocument) -> str:
 
 def chips(plan: Plan) -> list[Child]:
     """Mesh, ZeRO, schedule and batch in a few words each."""
-    mesh = [f"{axis} {degree}" for axis, degree in plan.mesh.model_dump().items()]
+    mesh = [f"{axis} {degree}" for axis, degree in plan.mesh.degrees.items()]
     virtual = f" × {plan.virtual_stages} virtual stages" if plan.virtual_stages > 1 else ""
     again = [kind for kind in ("selective", "full") if any(kind in s.recompute for s in plan.stages)]
     return [
         [tag("b", "mesh"), " · ".join(mesh)],
-        [tag("b", "ZeRO"), str(plan.zero)],
+        [tag("b", "ZeRO"), zero_of(plan).removeprefix("ZeRO ")],
         [tag("b", "schedule"), plan.schedule + virtual],
         [tag("b", "batch"), f"{plan.microbatches} × {plan.microbatch} sequences a replica"],
         [tag("b", "recompute"), " and ".join(again) or "none"],

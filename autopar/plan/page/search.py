@@ -42,11 +42,11 @@ def runners_up(document: PlanDocument) -> Markup:
 def _row(place: int, other: RunnerUp, best: float, most: float) -> Markup:
     slower = other.step_seconds / best - 1 if best else 0.0
     bar = tag("i", cls="slow", style=f"width:{other.step_seconds / most * 100:.1f}%")
-    degrees = [number(n) for n in other.mesh.model_dump().values()]
+    degrees = [number(n) for n in other.mesh.degrees.values()]
     cells: list[Child] = [
         tag("td", tag("b", "this plan") if place == 0 else f"runner-up {place}"),
         *degrees,
-        number(other.zero),
+        number(_zero(other)),
         number(other.microbatch),
         tag("td", other.schedule),
         tag("td", show_seconds(other.step_seconds), bar, cls="num step"),
@@ -54,6 +54,11 @@ def _row(place: int, other: RunnerUp, best: float, most: float) -> Markup:
         number(show_bytes(other.peak_bytes)),
     ]
     return tag("tr", cells, cls="chosen" if place == 0 else None, title=other.summary)
+
+
+def _zero(other: RunnerUp) -> str:
+    """The ZeRO stage, and among how many of dp where that is not all of them."""
+    return str(other.zero) + (f" over {other.mesh.dp_shard}" if other.mesh.dp_replicate > 1 else "")
 
 
 def unsplit(document: PlanDocument) -> Markup:
