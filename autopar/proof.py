@@ -215,7 +215,7 @@ def executed(program: Program, document: PlanDocument, batch: Mapping[str, torch
 
 
 def in_float64(options: Optimizer) -> Optimizer:
-    return options.model_copy(update={"state": "float64"})
+    return options.model_copy(update={"state": "float64", "rounding": "nearest"})
 
 
 def rank_run(folder: str) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:

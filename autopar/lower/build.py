@@ -81,7 +81,8 @@ def build(
 
             save_file(constants, part / "constants.safetensors")
             weights = [*weights, {"files": "constants.safetensors"}]
-        (part / "manifest.json").write_text(json.dumps({**manifest, "weights": weights}, indent=1) + "\n")
+        manifest |= {"weights": weights, "precision": program.precision or {}}
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         if page is not None:
             (part / "plan.html").write_text(page)
         return placed(part, folder)

@@ -36,7 +36,7 @@ def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Pat
     Everything is written into a new folder that is renamed when complete: a rank that dies, or a disk that fills, at
     any moment leaves the previous checkpoint as it was. Raises RuntimeFault on all ranks if writing fails on any.
     """
-    world, step = engine.world, engine.optimizer.updates
+    world, step = engine.world, engine.steps
     target, partial = _free(root, step), root / f".step-{step}.partial"
     _on_first(engine, lambda: _fresh(partial))
     try:
@@ -48,6 +48,8 @@ def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Pat
             f"{target}: the checkpoint could not be written ({_cause(error)}); the previous one is kept"
         ) from None
     state = {"step": step, "updates": _updates(engine), "optimizer": engine.optimizer.options.name, **(extra or {})}
+    if engine.scale:
+        state["scale"] = engine.scale.state()
     world.barrier()
     _on_first(engine, lambda: _publish(partial, target, state))
     return target
@@ -67,7 +69,12 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     with _quiet():
         read_shards(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
     _copy_tied(engine)
-    engine.optimizer.updates = state["step"]
+    skipped = state.get("scale", {}).get("skipped", 0)
+    if engine.scale and "scale" in state:
+        engine.scale.load(state["scale"])
+    elif skipped:  # saved by a float16 run, read by one that has no loss scale: its steps count as done
+        skipped = 0
+    engine.optimizer.updates = state["step"] - skipped
     for held, moments in zip(engine.optimizer.held, engine.optimizer.state, strict=True):
         moments["step"].fill_(state["updates"][held.name])
     return state

@@ -17,6 +17,7 @@ from autopar.runtime.gather import buffers, gather
 from autopar.runtime.manifest import StageEntry
 from autopar.runtime.optim import Optimizer
 from autopar.runtime.parameters import held_by
+from autopar.runtime.scaler import LossScale, unscale
 from autopar.runtime.seeds import seed_of
 from autopar.runtime.sources import Source
 from autopar.runtime.world import World, leave
@@ -56,8 +57,10 @@ class Engine:
         count = self.plan.microbatches
         self.replicas = [zero.Replicas(m, e.units, count, self.world) for e, m in parts]
         self.sums = gradients.Sums(self.held, self.manifest, self.plan, self.world)
-        self.optimizer = Optimizer(self.held, optimizer or self.job.optimizer, self.job.train.steps)
+        self.optimizer = Optimizer(self.held, optimizer or self.job.optimizer, self.job.train.steps, self.seed)
         self.runner = self._runner()
+        self.scale = LossScale() if self.manifest.precision.get("compute") == "float16" else None
+        self.finite = True  # whether the gradients of the last `accumulate` were, on all ranks
         self.norm: float | None = None  # the global gradient norm of the last `apply`, where it was needed
 
     def _stage(self, read: BuildFolder, index: int, source: Source) -> tuple[int, StageEntry, nn.Module]:
@@ -76,6 +79,11 @@ class Engine:
         _, entry, module = self.stages[0]
         return pipeline.Loop(entry, module, self.plan.zero)
 
+    @property
+    def steps(self) -> int:
+        """Steps done, also those whose update was skipped since a float16 gradient overflowed."""
+        return self.optimizer.updates + (self.scale.skipped if self.scale else 0)
+
     def step(self, batch: Mapping[str, torch.Tensor]) -> float:
         """One optimizer step on a global batch; returns its mean loss, the same on every rank.
 
@@ -89,18 +97,24 @@ class Engine:
     def accumulate(self, batch: Mapping[str, torch.Tensor]) -> float:
         """Forward, backward and all sums of gradients, without an update: `gradients` can be read afterwards.
 
-        Random numbers (dropout) follow from the seed, the number of updates, the replica and the pp rank alone, and
+        Gradients of a float16 program are scaled while they are computed and summed, and come out unscaled; `finite`
+        says whether they are.
+
+        Random numbers (dropout) follow from the seed, the number of steps, the replica and the pp rank alone, and
         are the same on all ranks along tp; so a resumed run draws what an uninterrupted one would.
         """
         parts = microbatches(dict(batch), self.manifest, self.plan, self.world.rank("dp"), self.world.device)
-        scale = 1.0 / self._count(parts)
-        place = f"{self.optimizer.updates}/{self.world.rank('dp')}/{self.world.rank('pp')}"
+        factor = self.scale.value if self.scale else 1.0
+        scale = factor / self._count(parts)
+        place = f"{self.steps}/{self.world.rank('dp')}/{self.world.rank('pp')}"
         self.world.seed(seed_of(self.seed, place))
         loss = self.runner.run(parts, scale)
         for replicas in self.replicas:
             replicas.finish()
         self.sums.run()
-        return self.world.total(0.0 if loss is None else float(loss))
+        if self.scale:
+            self.finite = unscale(self.held, factor, self.world)
+        return self.world.total(0.0 if loss is None else float(loss) / factor)
 
     def _count(self, parts: list[pipeline.Microbatch]) -> float:
         """The labels that count, in the whole global batch."""
@@ -113,11 +127,14 @@ class Engine:
         return total
 
     def apply(self) -> None:
-        """Clip by the true global norm (if asked for), update, and forget the gradients."""
-        if self.clip is not None:
+        """Clip by the true global norm (if asked for), update, and forget the gradients; no update if they overflowed."""
+        if self.clip is not None and self.finite:
             self.norm = gradients.norm(self.held, self.world)
             gradients.clip(self.held, self.clip, self.norm)
-        self.optimizer.step()
+        if self.finite:
+            self.optimizer.step()
+        if self.scale:
+            self.scale.update(self.finite)
         for held in self.held:
             held.parameter.grad = None
 

@@ -89,12 +89,14 @@ class StageEntry(_Data):
 
 
 class Manifest(_Data):
-    """``tied``: groups of original names that are one tensor. ``weights``: where values come from, first match wins."""
+    """``tied``: groups of original names that are one tensor. ``weights``: where values come from, first match wins.
+    ``precision``: compute, master, frozen, reduce → dtype names, where a pass has set them."""
 
     stages: tuple[StageEntry, ...]
     tied: tuple[tuple[str, ...], ...] = ()
     inputs: dict[str, InputEntry] = {}
     weights: tuple[dict[str, Any], ...] = ()
+    precision: dict[str, str] = {}
 
     def canonical(self, name: str) -> str:
         """The one name under which a tied tensor is kept."""

@@ -8,8 +8,10 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from autopar.errors import PlanError
 from autopar.runtime.manifest import dtype_of
 from autopar.runtime.parameters import Held
+from autopar.runtime.rounding import round_into
 from autopar.spec.job import Optimizer as Options
 
 State = dict[str, torch.Tensor]  # of one parameter: its moments and its step
@@ -19,12 +21,14 @@ class Optimizer:
     """torch's own functional AdamW or SGD. Moments are kept in ``options.state``'s dtype, by parameter name.
 
     Works on plain local tensors: each element lives on one rank or is updated equally on several, so no collective and
-    no DTensor is needed. Where the moments' dtype is not the parameter's, the update is computed in the moments' dtype.
+    no DTensor is needed. Where the moments' dtype is not the parameter's, the update is computed in the moments' dtype;
+    it is rounded to the nearest number the parameter can hold, or stochastically (``seed`` says how).
     """
 
-    def __init__(self, held: list[Held], options: Options, steps: int = 0):
-        self.options, self.steps = options, steps
+    def __init__(self, held: list[Held], options: Options, steps: int = 0, seed: int = 0):
+        self.options, self.steps, self.seed = options, steps, seed
         self.held = [h for h in held if h.entry.trainable]
+        _check_rounding(options, self.held)
         self.updates = 0  # optimizer steps done; the learning rate follows it
         dtype = dtype_of(options.state)
         self.state: list[State] = []
@@ -45,19 +49,23 @@ class Optimizer:
     def step(self) -> None:
         """One update of every parameter that has a gradient."""
         lr, dtype = rate(self.options, self.updates, self.steps), dtype_of(self.options.state)
-        ready = [(h.local, g, s) for h, s in zip(self.held, self.state, strict=True) if (g := h.grad) is not None]
-        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor, State]]] = {}
+        ready = [(h, g, s) for h, s in zip(self.held, self.state, strict=True) if (g := h.grad) is not None]
+        by_dtype: dict[torch.dtype, list[tuple[Held, torch.Tensor, State]]] = {}
         for item in ready:
-            by_dtype.setdefault(item[0].dtype, []).append(item)
+            by_dtype.setdefault(item[0].local.dtype, []).append(item)
         for kind, same in by_dtype.items():
-            if kind == dtype or not self.moments:
-                params, grads, states = (list(part) for part in zip(*same, strict=True))
-                self._update(params, grads, states, lr)
+            stochastic = self.options.rounding == "stochastic" and kind == torch.bfloat16
+            if (kind == dtype or not self.moments) and not stochastic:
+                holders, grads, states = (list(part) for part in zip(*same, strict=True))
+                self._update([h.local for h in holders], grads, states, lr)
                 continue
-            for local, grad, state in same:  # one by one: only one copy in the moments' dtype at a time
-                work = local.to(dtype)
+            for held, grad, state in same:  # one by one: only one copy in the moments' dtype at a time
+                work = held.local.to(dtype)
                 self._update([work], [grad.to(dtype)], [state], lr)
-                local.copy_(work)
+                if stochastic:
+                    round_into(held, work, self.seed, self.updates)
+                else:
+                    held.local.copy_(work)
         self.updates += 1
 
     def _update(self, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[State], lr: float) -> None:
@@ -78,6 +86,16 @@ class Optimizer:
         )  # fmt: skip
         for state in states:
             state["step"] += 1
+
+
+def _check_rounding(options: Options, held: list[Held]) -> None:
+    kinds = {h.local.dtype for h in held}
+    if options.rounding == "stochastic" and held and torch.bfloat16 not in kinds:
+        named = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
+        raise PlanError(
+            f"optimizer.rounding: stochastic rounding is for parameters kept in bfloat16; these are {named} "
+            "(passes: mixed_precision: {master: bfloat16} would keep them so)"
+        )
 
 
 def rate(options: Options, update: int, steps: int) -> float:

@@ -129,7 +129,7 @@ class Run:
             self.root.rename(kept)
             self._say(f"the checkpoints of an earlier run are kept in {kept.name}")
         self.world.barrier()
-        return self.engine.optimizer.updates
+        return self.engine.steps
 
     def _loop(self, batches: Batches, start: int) -> tuple[bool, list[dict]]:
         metrics = report.Metrics(self.folder, start) if self.world.first else None
@@ -142,9 +142,11 @@ class Run:
                 loss, seconds = self._step(batches, step, measure=step == start + 1)
                 rate = self.read.manifest.tokens(self.read.plan) / seconds
                 if metrics is not None and progress is not None:
+                    scaled = {"loss_scale": self.engine.scale.value} if self.engine.scale else {}
                     metrics.add(
-                        step=step, loss=loss, tokens_per_second=rate, step_seconds=seconds, peak_bytes=self.meter.peak
-                    )
+                        step=step, loss=loss, tokens_per_second=rate, step_seconds=seconds, peak_bytes=self.meter.peak,
+                        **scaled,
+                    )  # fmt: skip
                     progress.step(loss, rate)
                 interrupted = self.world.sum(float(self.stop.asked))[0] > 0
                 if interrupted or step == self.options.steps or self._due(step):

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import field_validator, model_validator
 
-from autopar.spec.base import Count, Flag, Fraction, NonNegative, Positive, Spec, Texts, Whole
+from autopar.spec.base import Count, Flag, Fraction, NonNegative, Positive, Spec, Whole
 from autopar.spec.cluster import ClusterSpec, read_cluster
+from autopar.spec.data import Data
 from autopar.spec.origin import ModelOrigin, read_origin
 from autopar.spec.quantity import short
 from autopar.spec.source import Source
@@ -29,7 +30,8 @@ class Batch(Spec):
 
 
 class Optimizer(Spec):
-    """torch's AdamW or SGD. ``state``: the dtype of its moments. ``warmup``: steps before the schedule."""
+    """torch's AdamW or SGD. ``state``: the dtype of its moments. ``warmup``: steps before the schedule. ``rounding``: of
+    updated parameters that are kept in bfloat16."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: NonNegative = 1e-4
@@ -38,6 +40,7 @@ class Optimizer(Spec):
     eps: Positive = 1e-8
     momentum: Fraction = 0.0
     state: Literal["float32", "bfloat16", "float64"] = "float32"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Whole = 0
     final: Fraction = 0.0  # the share of lr that linear and cosine end at
@@ -48,6 +51,8 @@ class Optimizer(Spec):
         changed = sorted(f for f in foreign if getattr(self, f) != type(self).model_fields[f].default)
         if changed:
             raise ValueError(f"'{self.name}' has no {' and no '.join(changed)}")
+        if self.rounding == "stochastic" and self.state != "float32":
+            raise ValueError(f"stochastic rounding computes updates in float32, not in the state's {self.state}")
         return self
 
 
@@ -58,13 +63,6 @@ class Train(Spec):
     clip: Positive | None = None
     seed: Whole = 0
     checkpoint_every: Whole = 0
-
-
-class Data(Spec):
-    """Training text: files or globs, and the tokenizer (``bytes``, or a tokenizer's folder or file)."""
-
-    text: Texts = ()
-    tokenizer: str = "bytes"
 
 
 class Pins(Spec):
@@ -160,6 +158,7 @@ class Job(Spec):
     def dump(self) -> str:
         """The job as YAML text that reads back equal, with the cluster written out in SI units."""
         data = self.model_dump(mode="json", exclude_none=True)
+        data["data"] = self.data.model_dump(mode="json", exclude_defaults=True)
         kept = {key: value for key, value in data.items() if value not in ("", {}, [])}
         return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
 

@@ -26,8 +26,9 @@ class MixedPrecision(Pass):
     as master).
 
     The residual stream is in the compute dtype, as under FSDP2's MixedPrecisionPolicy and in Megatron-LM. Statistics of norms,
-    exponentials, sums, rotary angles and the loss are float32 (`table.py` says which operators, and why). float16 has no
-    dynamic loss scaling yet: plan with it, train in bfloat16.
+    exponentials, sums, rotary angles and the loss are float32 (`table.py` says which operators, and why). With
+    float16 the loss is scaled, dynamically, while it trains (`autopar.runtime.scaler`). ``master: bfloat16`` keeps no
+    float32 copy at all: give the optimizer ``rounding: stochastic``, or small updates are lost.
     """
 
     name: ClassVar[str] = "mixed_precision"
