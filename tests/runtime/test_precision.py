@@ -1,4 +1,4 @@
-"""Half precision while training: the loss scale of float16 and its agreed skips, and stochastic rounding of bfloat16 parameters."""
+"""Half precision while training: the loss scale of float16, its skips on all ranks, and stochastic rounding."""
 
 from __future__ import annotations
 
