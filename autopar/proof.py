@@ -52,12 +52,14 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     from autopar.models.load import build
     from autopar.models.shrink import shrink as smaller
 
+    from autopar.runtime.objectives import example, named
     assert job.model is not None and job.batch is not None, "check_job runs before"
     origin = smaller(job.model) if shrink else job.model
     model = build(origin, meta=False, dtype=torch.float64, seed=job.train.seed)
     job = job.model_copy(update={"model": origin, "cluster": local_cluster(job, ranks), "batch": batch_of(job, shrink)})
     assert job.batch is not None
-    batch = ignoring(example_batch(model, job.batch.sequences, job.batch.length, source=origin))
+    batch = example_batch(model, job.batch.sequences, job.batch.length, source=origin)
+    batch = ignoring(example(job.data, batch, named(model)))
     return prove_module(model, batch, job)
 
 
