@@ -87,16 +87,19 @@ def program_of(job: Job, cache: Cache | None = None, *, full: bool = False) -> t
     """The rewritten program of a job, traced without weights, and the seconds it took; ``cache`` holds earlier ones."""
     from autopar.models.batch import example_batch
     from autopar.models.load import build
+    from autopar.runtime.objectives import example, named
     from autopar.spec.check import check_length, sizes
 
     assert job.model is not None and job.batch is not None, "check_job runs before"
     cache = {} if cache is None else cache
-    key = (job.model.model_dump_json(), job.batch.length, repr(job.passes), full)
+    inputs = (job.data.objective, job.data.documents)
+    key = (job.model.model_dump_json(), job.batch.length, repr(job.passes), repr(inputs), full)
     if key not in cache:
         start = time.perf_counter()
         model = build(job.model, meta=True, seed=job.train.seed)
         positions = sizes(job.model).positions or job.batch.length
         batch = example_batch(model, 2, min(job.batch.length, positions), source=job.model)
+        batch = example(job.data, batch, named(model))
         program = rewrite(trace(model, batch, full=full), job.passes)
         cache[key] = program, time.perf_counter() - start
     check_length(job)

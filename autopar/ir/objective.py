@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar.errors import TraceError
+from autopar.ir.masks import masked
 
 IGNORED = -100
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -66,6 +67,7 @@ class Objective(nn.Module):
         given = {k: v for k, v in batch.items() if k != "labels" or self.decodes_labels(batch) or self.own_loss(batch)}
         if self.loss is not None:
             given = {k: v for k, v in batch.items() if k in parameters} if not takes_any(parameters) else dict(batch)
+        given = masked(self.model, given, parameters)
         lacking = [k for k, p in parameters.items() if k not in given and p.default is p.empty and p.kind in NAMED]
         if lacking:
             raise TraceError(

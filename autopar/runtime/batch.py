@@ -43,5 +43,5 @@ def _cut(
     if value.dtype != dtype_of(entry.dtype) and value.is_floating_point() != dtype_of(entry.dtype).is_floating_point:
         raise AutoparError(f"the batch's '{name}' is {value.dtype}; the program takes {entry.dtype}")
     value = value if not entry.batched else value.tensor_split(dp)[replica]
-    value = value.to(device=device, dtype=dtype_of(entry.dtype))
+    value = value.to(device=device, dtype=dtype_of(entry.dtype), non_blocking=True)
     return list(value.split(entry.shape[0])) if entry.batched else [value] * n

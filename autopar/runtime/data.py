@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from autopar.errors import AutoparError
-from autopar.runtime import tokens
+from autopar.runtime import corpus, objectives
+from autopar.runtime.corpus import Corpus
 from autopar.runtime.folder import BuildFolder
 from autopar.runtime.manifest import InputEntry, dtype_of
+from autopar.runtime.objectives import Window
+from autopar.runtime.order import shuffled
 from autopar.runtime.seeds import seed_of
 from autopar.runtime.world import World
 
 Batch = dict[str, torch.Tensor]
-FILLED = ("input_ids", "labels", "attention_mask", "position_ids")  # the inputs that text can fill
+FILLED = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "document_ids", "prefix_length"})
+ASKING = 0.5  # seconds between two questions whether the tokens are there
 
 
 class Batches(Protocol):
-    """``batch(step)`` is the global batch of a step: position in the data follows from the step alone."""
+    """``batch(step)`` is the global batch of a step (from 0): the place in the data follows from the step alone."""
 
     def batch(self, step: int) -> Batch: ...
 
@@ -34,78 +41,149 @@ class Random:
         self.read, self.seed = read, seed
 
     def describe(self) -> str:
-        return "no data.text in the job: training on random numbers"
+        return "no data in the job: training on random numbers"
 
     def batch(self, step: int) -> Batch:
         draw = torch.Generator().manual_seed(seed_of(self.seed, f"data/{step}"))
-        return {name: _random(entry, _sequences(self.read, entry), draw) for name, entry in self._inputs()}
+        made = {n: _random(e, sequences(self.read, e), draw) for n, e in self.read.manifest.inputs.items()}
+        if self.read.job.data.plain:
+            return made
+        text = {name: made[name] for name in ("input_ids", "labels")}
+        return fitted(objectives.example(self.read.job.data, text, None), self.read)
 
-    def _inputs(self) -> list[tuple[str, InputEntry]]:
-        return list(self.read.manifest.inputs.items())
 
+class Packed:
+    """Rows cut one after another from the tokens of all documents, in an order shuffled anew for every pass over them."""
 
-class Text:
-    """Sequences cut one after another from all the text, in an order that is shuffled anew for every pass over it."""
-
-    def __init__(self, read: BuildFolder, tokens_: np.ndarray, seed: int):
-        self.read, self.tokens, self.seed = read, tokens_, seed
+    def __init__(self, read: BuildFolder, tokens: Corpus, seed: int):
+        self.read, self.corpus, self.seed = read, tokens, seed
         inputs = read.manifest.inputs
-        odd = [n for n in inputs if n not in FILLED]
-        if odd or "input_ids" not in inputs:
-            raise AutoparError(f"data.text can fill {', '.join(FILLED)}; the program takes {', '.join(inputs)}")
-        self.sequences, self.length = _sequences(read, inputs["input_ids"]), inputs["input_ids"].shape[1]
-        self.total = len(tokens_) // self.length
+        if not FILLED.issuperset(inputs) or "input_ids" not in inputs:
+            raise AutoparError(
+                f"data: text can fill {', '.join(sorted(FILLED))}; the program takes {', '.join(inputs)}"
+            )
+        self.sequences, self.length = sequences(read, inputs["input_ids"]), inputs["input_ids"].shape[1]
+        separate = "separate" if "document_ids" in inputs else read.job.data.documents
+        data = read.job.data.model_copy(update={"documents": separate})
+        self.objective = objectives.objective_of(data, lambda token: tokens.facts.special[token])
+        self.window = self.objective.window(self.length)
+        self.total = len(tokens.ids) // self.window
+        self._check(inputs)
+
+    def _check(self, inputs: dict[str, InputEntry]) -> None:
+        facts, high = self.corpus.facts, inputs["input_ids"].high
         if self.total == 0:
-            raise AutoparError(f"data.text: {len(tokens_)} tokens are less than one sequence of {self.length}")
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        high, largest = inputs["input_ids"].high, int(tokens_.max())
-        if high is not None and largest >= high:
-            raise AutoparError(f"data.tokenizer: it makes token {largest}; the model's vocabulary ends at {high - 1}")
+            raise AutoparError(f"data: {facts.tokens} tokens are less than one sequence of {self.window}")
+        if high is not None and facts.highest >= high:
+            raise AutoparError(
+                f"data.tokenizer: it makes token {facts.highest}; the model's vocabulary ends at {high - 1} "
+                f"(a vocabulary of at least {facts.highest + 1} would be right)"
+            )
+        for name in sorted(self.objective.inputs - inputs.keys()):
+            raise AutoparError(
+                f"data: {self.read.job.data.objective.name} with documents {self.read.job.data.documents} makes '{name}', "
+                f"which the program does not take (it takes {', '.join(inputs)}); compile the job again"
+            )
 
     def describe(self) -> str:
-        return f"{len(self.tokens)} tokens of text: {self.total} sequences of {self.length}"
+        facts = self.corpus.facts
+        text = f"{facts.tokens} tokens of text in {facts.documents} documents: {self.total} sequences of {self.length}"
+        if not facts.broken:
+            return text
+        shown = "\n  ".join(facts.messages)
+        more = f"\n  … and {facts.broken - len(facts.messages)} more" if facts.broken > len(facts.messages) else ""
+        return f"{text}; {facts.broken} broken lines:\n  {shown}{more}\n"
 
     def batch(self, step: int) -> Batch:
-        first = step * self.sequences
-        ids = torch.stack([self._sequence(first + i) for i in range(self.sequences)])
-        made = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        made["position_ids"] = torch.arange(self.length).expand_as(ids)
-        return {name: made[name].to(dtype_of(e.dtype)) for name, e in self.read.manifest.inputs.items()}
+        rows = np.arange(step * self.sequences, (step + 1) * self.sequences)
+        places = np.empty_like(rows)
+        for epoch in np.unique(rows // self.total):
+            here = rows // self.total == epoch
+            places[here] = shuffled(rows[here] % self.total, self.total, seed_of(self.seed, f"epoch/{epoch}"))
+        made = [self._row(int(row), int(place)) for row, place in zip(rows, places, strict=True)]
+        return fitted(objectives.stack(made), self.read)
 
-    def _sequence(self, index: int) -> torch.Tensor:
-        epoch, place = divmod(index, self.total)
-        if self._order[0] != epoch:
-            order = np.random.default_rng(seed_of(self.seed, f"epoch/{epoch}")).permutation(self.total)
-            self._order = (epoch, order)
-        start = int(self._order[1][place]) * self.length
-        return torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+    def _row(self, index: int, place: int) -> objectives.Row:
+        start, end = place * self.window, (place + 1) * self.window
+        ids = self.corpus.ids[start:end].astype(np.int64)
+        learned = self.corpus.learned
+        flags = np.ones(self.window, bool) if learned is None else learned[start:end].astype(bool)
+        documents = np.searchsorted(self.corpus.starts, np.arange(start, end), side="right")
+        draw = np.random.default_rng(seed_of(self.seed, f"row/{index}"))
+        return self.objective.row(Window(ids, flags, documents - documents[0]), self.length, draw)
+
+
+def fitted(made: Batch, read: BuildFolder) -> Batch:
+    """What the program takes of a batch, in its dtypes."""
+    if "attention_mask" in read.manifest.inputs and "attention_mask" not in made:
+        made["attention_mask"] = torch.ones_like(made["input_ids"])
+    return {name: made[name].to(dtype_of(entry.dtype)) for name, entry in read.manifest.inputs.items()}
 
 
 def batches_of(read: BuildFolder, world: World, seed: int) -> Batches:
-    """The job's data. Collective: the first rank of a host makes the token cache, the others wait."""
-    data = read.job.data
-    if not data.text:
+    """The job's data. Collective: the first rank of a host makes the tokens, the others wait."""
+    if not read.job.data.given:
         return Random(read, seed)
-    target = tokens.cache_of(data, read.path, read.path / "data")
-    error = ""
-    if int(os.environ.get("LOCAL_RANK", 0 if world.first else 1)) == 0 and not target.exists():
+    target = corpus.place_of(read.job.data, read.path, read.path / "data")
+    _prepared(read, world, target)
+    tokens = Corpus.read(target)
+    if len(set(world.everyone(tokens.facts.digest))) > 1:
+        raise AutoparError("data: the hosts do not have the same text or tokenizer: their tokens differ")
+    return Packed(read, tokens, seed)
+
+
+def _prepared(read: BuildFolder, world: World, target: Path) -> None:
+    """Wait until the tokens are there on every host, however long that takes.
+
+    They are made in a thread while all ranks keep asking each other: a collective that waits for an hour would end in
+    its own timeout.
+    """
+    first = int(os.environ.get("LOCAL_RANK", 0 if world.first else 1)) == 0
+    work = _Work(read, target) if first and not target.exists() else None
+    while True:
+        states = world.everyone("" if work is None else work.state())
+        error = next((s for s in states if s not in ("", _Work.RUNNING)), "")
+        if error:
+            if work is not None and work.fault is not None:
+                raise work.fault
+            raise AutoparError(error)
+        if _Work.RUNNING not in states:
+            return
+        time.sleep(ASKING if work is None else 0)
+        if work is not None:
+            work.thread.join(ASKING)
+
+
+class _Work:
+    """Making the tokens, in a thread."""
+
+    RUNNING = "running"
+
+    def __init__(self, read: BuildFolder, target: Path):
+        self.error, self.fault = "", None
+        self.thread = threading.Thread(target=self._run, args=(read, target), daemon=True, name="autopar-tokens")
+        self.thread.start()
+        self.thread.join(ASKING)
+
+    def _run(self, read: BuildFolder, target: Path) -> None:
         try:
-            tokens.tokenize(data, read.path, target)
+            corpus.prepare(read.job.data, read.path, target)
         except (AutoparError, OSError) as caught:
-            error = str(caught)
-    error = world.first_error(error)
-    if error:
-        raise AutoparError(error)
-    return Text(read, tokens.read(target), seed)
+            self.error = str(caught)
+        except Exception as caught:  # ours: told to all ranks, raised on this one
+            self.error, self.fault = f"the tokens could not be made: {caught!r}", caught
+
+    def state(self) -> str:
+        return self.RUNNING if self.thread.is_alive() else self.error
 
 
-def _sequences(read: BuildFolder, entry: InputEntry) -> int:
+def sequences(read: BuildFolder, entry: InputEntry) -> int:
     """Sequences in a global batch."""
     return entry.shape[0] * read.plan.microbatches * read.plan.mesh.dp
 
 
-def _random(entry: InputEntry, sequences: int, draw: torch.Generator) -> torch.Tensor:
-    shape = (sequences, *entry.shape[1:]) if entry.batched else entry.shape
+def _random(entry: InputEntry, rows: int, draw: torch.Generator) -> torch.Tensor:
+    shape = (rows, *entry.shape[1:]) if entry.batched else entry.shape
     dtype = dtype_of(entry.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from autopar.errors import AutoparError
 from autopar.runtime import checkpoint, report
+from autopar.runtime.ahead import Ahead
 from autopar.runtime.data import Batches, batches_of
 from autopar.runtime.engine import Engine
 from autopar.runtime.folder import BuildFolder
@@ -113,7 +114,11 @@ class Run:
         batches = batches_of(self.read, self.world, self.engine.seed)
         start = self._start(resume)
         self._say(f"{batches.describe()}; steps {start + 1} to {self.options.steps}")
-        interrupted, lines = self._loop(batches, start)
+        ahead = Ahead(batches, start, stop=self.options.steps, pin=self.world.device.type == "cuda")
+        try:
+            interrupted, lines = self._loop(ahead, start)
+        finally:
+            ahead.close()
         if not interrupted:
             self._finish(lines, self.options.steps - start)
 

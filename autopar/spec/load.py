@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from autopar.errors import SpecError, suggestion
 from autopar.spec import library, source
 from autopar.spec.base import build
 from autopar.spec.cluster import read_cluster
+from autopar.spec.data import locate
 from autopar.spec.job import Job
 from autopar.spec.origin import place, read_origin
 from autopar.spec.source import Source
@@ -59,7 +59,7 @@ def parse_job(job: Source, sets: Iterable[str] = (), folder: Path | None = None)
         data["model"] = _located(read_origin(job.sub("model")), folder)
         data["cluster"] = read_cluster(job.sub("cluster"))
     built = build(Job, Source(data, job.label, job.marks), "the job")
-    return built.model_copy(update={"data": _data_found(built, folder)})
+    return built.model_copy(update={"data": locate(built.data, job, folder)})
 
 
 def assign(job: Source, text: str) -> None:
@@ -120,17 +120,3 @@ def _located(origin: Any, folder: Path | None) -> Any:
         if (found / "config.json").is_file() or (found.suffix == ".gguf" and found.is_file()):
             return origin.model_copy(update={"hf": str((base / origin.hf).resolve())})
     return origin
-
-
-def _data_found(job: Job, folder: Path | None) -> Any:
-    """Relative patterns that match something, by their full path: from here first, then from the job's folder."""
-    found = []
-    for pattern in job.data.text:
-        bases = [Path.cwd(), *([folder.resolve()] if folder else [])]
-        matching = [base for base in bases if not Path(pattern).is_absolute() and _matches(base / pattern)]
-        found.append(str(matching[0] / pattern) if matching else pattern)
-    return job.data.model_copy(update={"text": tuple(found)})
-
-
-def _matches(pattern: Path) -> bool:
-    return next(glob.iglob(str(pattern), recursive=True), None) is not None

@@ -10,10 +10,11 @@ from handmade import LENGTH, plan_of, write
 
 from autopar.errors import AutoparError
 from autopar.plan.plan import MeshShape
-from autopar.runtime import tokens
-from autopar.runtime.data import Random, Text, batches_of
+from autopar.runtime import corpus
+from autopar.runtime.data import Packed, Random, batches_of
+from autopar.runtime.examples import files_of
 from autopar.runtime.folder import BuildFolder
-from autopar.runtime.tokenizer import tokenizer_of
+from autopar.runtime.tokenizers import tokenizer_of
 from autopar.runtime.world import World
 from autopar.spec.job import Data
 
@@ -37,7 +38,7 @@ def test_text_is_packed_and_every_pass_sees_each_sequence_once(tmp_path):
     (folder / "one.txt").write_text("abcdefghijklmnopqrstuvwxyz")
     (folder / "two.txt").write_text("ABCDEFGHIJKLM")
     batches = batches_of(BuildFolder.read(folder), ALONE, seed=1)
-    assert isinstance(batches, Text)
+    assert isinstance(batches, Packed)
     stream = b"abcdefghijklmnopqrstuvwxyz\0ABCDEFGHIJKLM\0"
     whole = {stream[i : i + LENGTH] for i in range(0, len(stream) - LENGTH + 1, LENGTH)}
     rows = [bytes(row.tolist()) for step in range(4) for row in batches.batch(step)["input_ids"]]
@@ -71,7 +72,7 @@ def test_the_cache_is_used_again_until_the_text_changes(tmp_path, monkeypatch):
     (folder / "one.txt").write_text("x" * 100)
     read = BuildFolder.read(folder)
     calls = []
-    monkeypatch.setattr(tokens, "tokenizer_of", lambda name: calls.append(name) or tokenizer_of(name))
+    monkeypatch.setattr(corpus, "tokenizer_of", lambda name: calls.append(name) or tokenizer_of(name))
     batches_of(read, ALONE, 0)
     batches_of(read, ALONE, 0)
     assert len(calls) == 1
@@ -132,4 +133,4 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "bad.json").write_text("{]")
     with pytest.raises(AutoparError, match=r"bad\.json' cannot be read as a tokenizer"):
         tokenizer_of(str(tmp_path / "bad.json"))
-    assert tokens.files_of(Data(), tmp_path) == []
+    assert files_of(Data(), tmp_path) == []
