@@ -15,6 +15,7 @@ from torch import nn
 from autopar.errors import AutoparError, PlanError
 from autopar.ir.objective import IGNORED, Loss, Objective
 from autopar.ir.promote import Promoted
+from autopar.ir.raised import raised
 from autopar.spec.job import Batch, Job, Optimizer
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     from autopar.models.batch import example_batch
     from autopar.models.load import build
     from autopar.models.shrink import shrink as smaller
-
     from autopar.runtime.objectives import example, named
+
     assert job.model is not None and job.batch is not None, "check_job runs before"
     origin = smaller(job.model) if shrink else job.model
     model = build(origin, meta=False, dtype=torch.float64, seed=job.train.seed)
@@ -73,7 +74,10 @@ def prove_module(
     model = model.double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     with float64():
-        program = rewrite(trace(model, batch, loss=loss), job.passes)
+        traced = trace(model, batch, loss=loss)
+        program = rewrite(traced, job.passes)
+        if program.precision is not None:
+            program = raised(program, traced)
         document = planned(program, Cluster.load(job.cluster), job) if plan is None else document_of(plan)
         reference = one_process(program, model, batch, job, loss)
         found = executed(program, document, batch, job)

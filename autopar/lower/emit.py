@@ -17,6 +17,7 @@ from autopar.ir.program import OUTER, Program
 from autopar.lower.code import Body, Names, Writer, indent
 from autopar.lower.localize import Localized, Localizer, strategy_of
 from autopar.lower.outer import Run, outputs, runs
+from autopar.lower.reads import read_dtype
 from autopar.lower.stages import StageGraph, changes_in_place, cut, free_nodes, memory_of
 from autopar.plan.plan import Plan
 from autopar.sharding.placement import Placement, local_shape
@@ -272,7 +273,8 @@ class StageWriter:
         }
         if kind == "parameter":
             trainable = self.program.parameters[name].trainable
-            self.parameters.append({**entry, "trainable": trainable, "partial_gradient": partial})
+            entry |= {"trainable": trainable, "partial_gradient": partial, "read": read_dtype(place)}
+            self.parameters.append(entry)
         else:
             buffer = self.program.buffers.get(name)
             self.buffers.append({**entry, "persistent": buffer is not None and buffer.persistent})

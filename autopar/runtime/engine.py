@@ -55,7 +55,8 @@ class Engine:
         parts = [(entry, module) for _, entry, module in self.stages]
         self.held = held_by(parts, self.manifest, self.world)
         count = self.plan.microbatches
-        self.replicas = [zero.Replicas(m, e.units, count, self.world) for e, m in parts]
+        reduce = self.manifest.reduce_dtype
+        self.replicas = [zero.Replicas(m, e.units, count, reduce, self.world) for e, m in parts]
         self.sums = gradients.Sums(self.held, self.manifest, self.plan, self.world)
         self.optimizer = Optimizer(self.held, optimizer or self.job.optimizer, self.job.train.steps, self.seed)
         self.runner = self._runner()
@@ -69,7 +70,7 @@ class Engine:
         materialize.verify_module(entry, module, self.world.shape.tp)
         for item in entry.parameters:
             module.get_parameter(item.path).requires_grad_(item.trainable)
-        zero.shard(module, entry.units, self.plan.zero, self.world)
+        zero.shard(module, entry, self.plan.zero, self.manifest.reduce_dtype, self.world)
         materialize.fill(entry, module, self.manifest, source, self.world)
         return index, entry, module
 

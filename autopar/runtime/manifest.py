@@ -37,10 +37,12 @@ class TensorEntry(_Data):
 
 
 class ParameterEntry(TensorEntry):
-    """``partial_gradient``: the ranks along tp hold parts of its gradient that must be summed, once a step."""
+    """``partial_gradient``: the ranks along tp hold parts of its gradient that must be summed, once a step. ``read``: the
+    dtype in which the program reads it, always, where that is another than its own: it may be gathered in that one."""
 
     trainable: bool = True
     partial_gradient: bool = False
+    read: str | None = None
 
 
 class BufferEntry(TensorEntry):
@@ -106,6 +108,11 @@ class Manifest(_Data):
         """Every original name of a tensor, its canonical name first."""
         group = next((g for g in self.tied if canonical in g), (canonical,))
         return [canonical, *(n for n in group if n != canonical)]
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """In which gradients are summed over dp; None: each in its own."""
+        return dtype_of(self.precision["reduce"]) if "reduce" in self.precision else None
 
     def tokens(self, plan: Plan) -> int:
         """Tokens (or samples, where the first input has no sequence) in a global batch."""

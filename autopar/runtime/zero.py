@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from autopar.errors import PlanError
+from autopar.runtime.manifest import ParameterEntry, StageEntry, dtype_of
 from autopar.runtime.world import World
 
 BUCKET = 25 * 2**20  # bytes that are sent together at least, as in torch's DistributedDataParallel
@@ -40,21 +41,40 @@ def check(zero: int, schedule: str, pipelined: bool) -> None:
         raise PlanError(f"schedule {schedule} works with zero=0 and zero=1 only; the plan has zero={zero}")
 
 
-def shard(module: nn.Module, units: tuple[str, ...], zero: int, world: World) -> None:
-    """Shard a stage's parameters over ``world.states``, one group per unit and one for the rest. Nothing at zero=0 or dp=1."""
+def shard(module: nn.Module, entry: StageEntry, zero: int, reduce: torch.dtype | None, world: World) -> None:
+    """Shard a stage's parameters over ``world.states``, one group per unit and one for the rest. Nothing at zero=0 or dp=1.
+
+    A group is gathered in the dtype that the program reads it in, where it reads all of it in one; ``reduce`` is the dtype
+    in which gradients are summed.
+    """
     if zero == 0 or world.shape.dp == 1:
         return
     assert world.states is not None
     scalars = {p for p in module.parameters() if p.dim() == 0}  # dim 0 is what FSDP splits; these stay whole
     mesh, reshard = world.states, zero == 3
-    for target in [*(module.get_submodule(u) for u in units), module]:
-        fully_shard(target, mesh=mesh, reshard_after_forward=reshard, ignored_params=scalars)
+    for unit, own in grouped(entry):
+        policy = MixedPrecisionPolicy(gathered_in(own), reduce, cast_forward_inputs=False)
+        target = module.get_submodule(unit)
+        fully_shard(target, mesh=mesh, reshard_after_forward=reshard, ignored_params=scalars, mp_policy=policy)
     for part in module.modules():  # neither setter recurses: forgetting one averages silently (torch 2.13)
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
     assert isinstance(module, FSDPModule)
     module.set_reduce_scatter_unused_params(True)
+
+
+def grouped(entry: StageEntry) -> list[tuple[str, list[ParameterEntry]]]:
+    """A stage's units and, last, the stage itself (""), each with the parameters that it alone holds."""
+    units = [(unit, [p for p in entry.parameters if p.path.startswith(f"{unit}.")]) for unit in entry.units]
+    taken = {p.path for _, own in units for p in own}
+    return [*units, ("", [p for p in entry.parameters if p.path not in taken])]
+
+
+def gathered_in(own: list[ParameterEntry]) -> torch.dtype | None:
+    """The one dtype in which all parameters of a group are read; None: each is gathered as it is kept."""
+    read = {p.read or p.dtype for p in own if p.torch_dtype.is_floating_point}
+    return dtype_of(next(iter(read))) if len(read) == 1 else None
 
 
 def microbatch_flags(module: nn.Module, zero: int, last: bool) -> None:
@@ -77,8 +97,8 @@ class Bucket:
     """Gradients of one dtype that are sent together. A final one is copied into the common memory and becomes a view of
     it, while the backward pass goes on."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
-        self.parameters = parameters
+    def __init__(self, parameters: list[nn.Parameter], reduce: torch.dtype | None = None):
+        self.parameters, self.reduce = parameters, reduce
         self.place = {p: sum(q.numel() for q in parameters[:i]) for i, p in enumerate(parameters)}
         self.start()
 
@@ -86,6 +106,9 @@ class Bucket:
         """Forget the last step."""
         self.open = set(self.parameters)  # those whose gradients are not final yet
         self.flat: torch.Tensor | None = None
+        self.sent: torch.Tensor | None = (
+            None  # what is summed: ``flat``, or its copy in the dtype that sums are made in
+        )
         self.work: dist.Work | None = None
 
     def take(self, parameter: nn.Parameter) -> None:
@@ -106,7 +129,17 @@ class Bucket:
         for parameter in list(self.open):
             self.take(parameter)
         assert self.flat is not None
-        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+        self.sent = self.flat if self.reduce is None else self.flat.to(self.reduce)
+        self.work = dist.all_reduce(self.sent, group=group, async_op=True)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """The sum is in the parameters' gradients."""
+        assert self.work is not None and self.flat is not None and self.sent is not None
+        self.work.wait()
+        if self.sent is not self.flat:
+            self.flat.copy_(self.sent)
+        self.sent = None
 
 
 class Replicas:
@@ -117,10 +150,12 @@ class Replicas:
     sends.
     """
 
-    def __init__(self, module: nn.Module, units: tuple[str, ...], microbatches: int, world: World):
+    def __init__(
+        self, module: nn.Module, units: tuple[str, ...], microbatches: int, reduce: torch.dtype | None, world: World
+    ):
         self.group, self.microbatches = world.group("dp"), microbatches
         targets = [module.get_submodule(u) for u in reversed(units)]  # the backward pass begins at the last unit
-        self.buckets = buckets([*targets, module]) if self.group is not None else []
+        self.buckets = buckets([*targets, module], reduce) if self.group is not None else []
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         for parameter in self.bucket_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -151,12 +186,11 @@ class Replicas:
         while self.next < len(self.buckets):
             self._send()
         for bucket in self.buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
+            bucket.wait()
         self.start()
 
 
-def buckets(modules: list[nn.Module]) -> list[Bucket]:
+def buckets(modules: list[nn.Module], reduce: torch.dtype | None = None) -> list[Bucket]:
     """The whole trainable parameters of modules, in order, each once, in buckets of at least BUCKET bytes (the last:
     fewer; the first: FIRST_BUCKET), apart by dtype."""
     found: list[list[nn.Parameter]] = [[]]
@@ -168,7 +202,7 @@ def buckets(modules: list[nn.Module]) -> list[Bucket]:
         if sum(p.numel() * p.element_size() for p in found[-1]) >= enough:
             found.append([])
     dtypes = [(together, dict.fromkeys(p.dtype for p in together)) for together in found]
-    return [Bucket([p for p in together if p.dtype == kind]) for together, kinds in dtypes for kind in kinds]
+    return [Bucket([p for p in together if p.dtype == kind], reduce) for together, kinds in dtypes for kind in kinds]
 
 
 def _whole(parameter: nn.Parameter) -> bool:

@@ -157,3 +157,41 @@ def test_stochastic_rounding_is_refused_where_it_would_do_nothing():
         Optimizer([held(torch.ones(3))], Options(rounding="stochastic"))
     with pytest.raises((SpecError, ValueError), match="computes updates in float32"):
         Options(rounding="stochastic", state="bfloat16")
+
+
+# ------------------------------------------------------------------ what is gathered, and what sums are made in
+
+
+def gathered(folder: str, batch: dict[str, torch.Tensor], steps: int) -> tuple[Any, ...]:
+    """Losses, the parameters afterwards, and the dtypes that a gathered unit has."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from autopar.runtime.engine import Engine
+
+    engine = Engine(folder)
+    losses = [engine.step(batch) for _ in range(steps)]
+    dtypes = set()
+    for part in engine.stages[0][2].modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            dtypes |= {p.dtype for p in part.parameters(recurse=False)}
+            part.reshard()
+    return losses, engine.state_dict(), dtypes
+
+
+@pytest.mark.parametrize(
+    ("pins", "reduce"), [(dict(dp=2, zero=3), "float32"), (dict(dp=2, zero=1), "bfloat16"), (dict(dp=2, zero=0), "bfloat16")]
+)  # fmt: skip
+def test_units_are_gathered_in_the_dtype_they_are_read_in_and_gradients_summed_in_their_own(tmp_path, pins, reduce):
+    precision = {"compute": "bfloat16", "reduce": reduce}
+    batch = compiled(tmp_path / "one", dict(dp=1), precision)
+    wanted, values, _ = gathered(str(tmp_path / "one"), batch, 4)
+    compiled(tmp_path / "two", pins, precision)
+    losses, found, dtypes = spawn(gathered, 2, str(tmp_path / "two"), batch, 4)[0]
+    assert dtypes == (set() if pins["zero"] == 0 else {torch.bfloat16})
+    assert losses == pytest.approx(wanted, rel=1e-2)
+    worst = max(float((found[n] - v).abs().max()) for n, v in values.items())
+    assert all(t.dtype == torch.float32 for t in found.values()), "what is kept stays float32"
+    assert worst < 0.01, "less than a step of AdamW"
+    full = spawn(gathered, 2, str(tmp_path / "two"), batch, 4)[0]
+    assert full[0] == losses
