@@ -38,6 +38,7 @@ class Device:
     kernel_latency: float = 0.0
     host_bandwidth: float | None = None
     efficiency: EfficiencySpec = EfficiencySpec()
+    units: int | None = None
 
     @staticmethod
     def of(spec: DeviceSpec) -> Device:
@@ -52,6 +53,7 @@ class Device:
             kernel_latency=spec.kernel_latency,
             host_bandwidth=spec.host_bandwidth,
             efficiency=spec.efficiency,
+            units=spec.units,
         )
 
     def peak(self, dtype: str) -> float:
@@ -210,6 +212,7 @@ def _weakest(devices: list[Device]) -> Device:
         kernel_latency=max(d.kernel_latency for d in devices),
         host_bandwidth=None if None in hosts else min(h for h in hosts if h is not None),
         efficiency=slowest.efficiency,
+        units=slowest.units,
     )
 
 

@@ -1,4 +1,4 @@
-"""Seconds of a collective over one mesh axis: latency and bytes over bandwidth, hierarchical where a ring leaves a host."""
+"""Seconds of a collective over one mesh axis: α–β by algorithm, rings that leave a host going over all of its rails."""
 
 from __future__ import annotations
 
@@ -7,28 +7,52 @@ import math
 from autopar.cluster import AxisLink
 from autopar.sharding.redistribute import Collective
 
+TREE = 0.92
+"""Bandwidth of NCCL's tree beside its ring's, where it leaves a host (NCCL src/graph/tuning.cc: .92 for trees of LL128)."""
+CONTENTION = 0.15
+"""Share of a device's units that a collective over NVLink takes from the compute it hides behind: Calculon's
+a100_80g.json and h100_80g_nvl8.json, ``processor_usage`` of the first network."""
+
 
 def gather(bytes: float, link: AxisLink) -> float:
-    """All-gather (or reduce-scatter) of a tensor of ``bytes`` in all.
+    """All-gather (or reduce-scatter) of a tensor of ``bytes`` in all: n - 1 steps of a ring."""
+    return moving(bytes, link) + ring_wait(link) if link.members > 1 else 0.0
 
-    Each member of a host gathers its share from its peers on the other hosts over its own rail, then the members of a
-    host exchange their shares (Thakur, Rabenseifner, Gropp 2005; NCCL's rail-aligned rings). Latency grows with the
-    logarithm of the members: NCCL's tree and PAT algorithms for short messages.
+
+def moving(bytes: float, link: AxisLink) -> float:
+    """Seconds of bandwidth: (n-1)/n of the bytes pass every device, and every host's k rails together.
+
+    A ring visits all members of a host one after the other and leaves it once, and there is one for every rail
+    (NCCL's rail-aligned rings): across hosts the bytes are shared by the k members' rails.
     """
     n, k = link.members, link.per_host
-    if n <= 1:
-        return 0.0
+    share = bytes * (n - 1) / n
     if not link.spans_hosts:
-        return steps(n) * link.latency + bytes * (n - 1) / n / (link.bandwidth * link.efficiency)
-    hosts = n // k if n % k == 0 else link.hosts
-    across = bytes / k * (hosts - 1) / hosts / (link.bandwidth * link.efficiency)
-    inside, wait = 0.0, steps(hosts) * link.latency
-    if k > 1:
-        inner = link.inner
-        bandwidth = inner.bandwidth * inner.efficiency if inner else link.bandwidth * link.efficiency
-        inside = bytes * (k - 1) / k / bandwidth
-        wait += steps(k) * (inner.latency if inner else link.latency)
-    return across + inside + wait
+        return share / (link.bandwidth * link.efficiency)
+    across = share / (k * link.bandwidth * link.efficiency)
+    return max(across, share / (link.inner.bandwidth * link.inner.efficiency)) if link.inner and k > 1 else across
+
+
+def ring_wait(link: AxisLink) -> float:
+    """Latency of n - 1 steps, as many of them across hosts as there are hosts but one."""
+    n, across = link.members, link.hosts - 1
+    inner = link.inner.latency if link.inner else link.latency
+    return (n - 1 - across) * inner + across * link.latency
+
+
+def all_reduce(bytes: float, link: AxisLink) -> float:
+    """The better of a ring (reduce-scatter, then all-gather) and a tree over hosts with a chain in each (NCCL's two)."""
+    if link.members <= 1:
+        return 0.0
+    ring = 2 * (moving(bytes, link) + ring_wait(link))
+    return min(ring, 2 * (moving(bytes, link) / TREE + tree_wait(link)))
+
+
+def tree_wait(link: AxisLink) -> float:
+    """Latency of one way through the tree: up the hosts' binary tree, along the chain inside one."""
+    hosts = link.hosts if link.spans_hosts else 1
+    inner = link.inner.latency if link.inner else link.latency
+    return steps(hosts) * link.latency + (min(link.per_host, link.members) - 1) * inner
 
 
 def steps(n: int) -> int:
@@ -36,7 +60,7 @@ def steps(n: int) -> int:
 
 
 def exchange(bytes: float, link: AxisLink) -> float:
-    """All-to-all of a tensor of ``bytes`` in all: each device sends its 1/n, all but what stays."""
+    """All-to-all of a tensor of ``bytes`` in all: each device sends its 1/n, all but what stays, to all others at once."""
     n, k = link.members, link.per_host
     if n <= 1:
         return 0.0
@@ -44,7 +68,7 @@ def exchange(bytes: float, link: AxisLink) -> float:
     outside = own * (n - k) / n / (link.bandwidth * link.efficiency) if link.spans_hosts else 0.0
     peers = k if link.spans_hosts else n
     near = link.inner if link.inner else link
-    return outside + own * (peers - 1) / n / (near.bandwidth * near.efficiency) + steps(n) * link.latency
+    return max(outside, own * (peers - 1) / n / (near.bandwidth * near.efficiency)) + steps(n) * link.latency
 
 
 def seconds(kind: Collective, bytes: float, link: AxisLink) -> float:
@@ -52,7 +76,7 @@ def seconds(kind: Collective, bytes: float, link: AxisLink) -> float:
     if kind in ("none", "slice") or link.members <= 1:
         return 0.0
     if kind == "all_reduce":
-        return 2 * gather(bytes, link)
+        return all_reduce(bytes, link)
     if kind == "all_to_all":
         return exchange(bytes, link)
     return gather(bytes, link)

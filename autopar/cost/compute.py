@@ -8,25 +8,21 @@ from torch import fx
 
 from autopar.cluster import Device
 from autopar.cluster.cluster import interpolate
-from autopar.cost.operators import PRODUCTS, Work, is_attention, is_product, local_shapes, products, work
+from autopar.cost.operators import PRODUCTS, is_attention, is_product, local_shapes, products
 from autopar.cost.precision import Precision
+from autopar.cost.tiles import filling
 from autopar.cost.values import flows, op_name, reads, tensors
+from autopar.cost.work import Call, Work, work
 from autopar.sharding.placement import Placement, R
 
-MATMUL_CURVE = ((1e6, 0.02), (1e8, 0.15), (1e9, 0.50), (16e9, 0.72), (128e9, 0.80))
+MATMUL_CURVE = ((1e6, 0.02), (1e8, 0.15), (1e9, 0.45), (16e9, 0.62), (128e9, 0.70))
 """Share of the dense peak by FLOPs of a call, where a device's own spec has no curve: the shape of Calculon's curve
-(calculon-ai/calculon systems/a100_80g.json), its ceiling the largest matmul rates measured on A100 and H100
-(stas00/ml-engineering compute/accelerator: 87 and 80 % of the datasheet)."""
+(calculon-ai/calculon systems/a100_80g.json), its top between what `specs/clusters` say of A100 and H100."""
 MEMORY_CURVE = ((0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9))
 """Share of the memory bandwidth by bytes of a call: Calculon's a100_80g.json, ``mem1``."""
-
-
-SUSTAINED = 0.93
-"""Rate of a matrix product in the midst of others (clocks under the power limit, tails of kernels) over its rate alone. From
-the first row of table 4 in Korthikanti et al. 2022, forward and backward of a 22B layer on A100 (7.7 and 11.9 ms)."""
-ATTENTION = 0.6
-"""Share of a matrix product's rate that a fused attention kernel reaches: between 225 / 312 over 0.87 on A100 and 335 / 989
-over 0.80 on H100 (Dao 2023, FlashAttention-2, section 4.1, over the shares above)."""
+ATTENTION = (0.6, 0.5)
+"""Share of a large matrix product's rate that a fused attention kernel reaches, forward and backward, where a device's spec
+has none of its own: between A100 and H100 (Dao 2023, FlashAttention-2, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,29 @@ def moving(device: Device, bytes: float) -> float:
     return bytes / (device.bandwidth * share(device, "memory", bytes)) if bytes else 0.0
 
 
-def kernel(device: Device, kind: str, flops: float, bytes: float, dtype: str) -> float:
-    """One kernel: the slower of its FLOPs and its bytes, and the time to start it."""
-    if not flops and not bytes:
+def kernel(device: Device, call: Call, dtype: str) -> float:
+    """Seconds of one kernel: the slower of its FLOPs and its bytes, and the time to start it."""
+    if not call.flops and not call.bytes:
         return 0.0
-    rate = device.peak(dtype) * share(device, "matmul", flops) * SUSTAINED * (ATTENTION if kind == "attention" else 1.0)
-    computing = flops / rate if flops else 0.0
-    return max(computing, moving(device, bytes)) + device.kernel_latency
+    computing = call.flops / rate(device, call, dtype) if call.flops else 0.0
+    return max(computing, moving(device, call.bytes)) + device.kernel_latency
+
+
+def rate(device: Device, call: Call, dtype: str) -> float:
+    """FLOP/s of a matrix product or of fused attention."""
+    peak, reached = device.peak(dtype), share(device, "matmul", call.flops)
+    if call.kind == "attention":
+        own = device.efficiency.attention or tuple(a * share(device, "matmul", 1e15) for a in ATTENTION)
+        return peak * own[min(call.side, 1)] * reached / share(device, "matmul", 1e15)
+    return peak * reached * filling(call.product, device.units)
 
 
 def seconds(done: Work, device: Device) -> Seconds:
     """The time of a call's forward and backward."""
-    if done.kind == "free":
-        return Seconds()
-    name = str(done.dtype).removeprefix("torch.")
-    return Seconds(*(kernel(device, done.kind, f, b, name) for f, b in zip(done.flops, done.bytes, strict=True)))
+    name, sides = str(done.dtype).removeprefix("torch."), [0.0, 0.0, 0.0]
+    for call in done.calls:
+        sides[call.side] += kernel(device, call, name)
+    return Seconds(*sides)
 
 
 def node_seconds(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autopar.cost.precision import Precision
-from autopar.cost.values import flows, is_view, numel, op_name, parameter, reads, tensor, tensors
+from autopar.cost.values import flows, is_view, numel, op_name, reads, tensor, tensors
 from autopar.sharding.placement import Placement, local_shape
 
 Shape = tuple[int, ...]
@@ -20,25 +19,6 @@ PRODUCTS = {  # operator → positions (among its tensor operands) of the two fa
     "conv_transpose1d": (0, 1), "conv_transpose2d": (0, 1), "conv_transpose3d": (0, 1), "bilinear": (0, 1),
 }  # fmt: skip
 ATTENTION_BACKWARD = 2.5  # five matrix products for two: Dao et al. 2022, FlashAttention, algorithm 4
-CAUSAL = 0.5  # a fused causal kernel skips the masked half: Dao 2023, FlashAttention-2, section 3.1
-NO_GRADIENT_WORK = frozenset(
-    [
-        "add",
-        "sub",
-        "neg",
-        "sum",
-        "mean",
-        "cat",
-        "stack",
-        "to",
-        "clone",
-        "contiguous",
-        "reshape",
-        "flatten",
-        "pad",
-        "type_as",
-    ]
-)
 KEEPS_OUTPUT = frozenset(
     [
         "softmax",
@@ -58,8 +38,20 @@ KEEPS_OUTPUT = frozenset(
         "logsumexp",
     ]
 )
-KEEPS_NOTHING = NO_GRADIENT_WORK | frozenset(
+KEEPS_NOTHING = frozenset(
     [
+        "neg",
+        "sum",
+        "mean",
+        "cat",
+        "stack",
+        "to",
+        "clone",
+        "contiguous",
+        "reshape",
+        "flatten",
+        "pad",
+        "type_as",
         "sub",
         "rsub",
         "add",
@@ -94,17 +86,6 @@ INDEXING = frozenset(
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work of one call on one device. ``kind``: matmul, attention, vector (memory-bound) or free. FLOPs and bytes of the forward,
-    of the gradients of activations, and of the gradients of weights."""
-
-    kind: str
-    flops: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    bytes: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
 class Kept:
     """What autograd saves: positions of operands and outputs, of operands it keeps something of the same shape for
     (``like``), and bytes beside them (masks, statistics; of the whole tensors, not the local ones)."""
@@ -113,9 +94,6 @@ class Kept:
     outputs: tuple[int, ...] = ()
     extra: float = 0.0
     like: tuple[int, ...] = ()
-
-
-FREE = Work("free")
 
 
 def local_shapes(
@@ -161,65 +139,9 @@ def einsum_size(equation: str, shapes: list[Shape]) -> float:
     return float(numel(tuple(sizes.values())))
 
 
-def work(
-    node: fx.Node, inputs: tuple[Placement, ...], outputs: tuple[Placement, ...], degree: int, precision: Precision
-) -> Work:
-    """What one device does for a node under these placements."""
-    if node.op != "call_function" or not tensors(node) or is_view(node) or skipped_dropout(node):
-        return FREE
-    given, made = local_shapes(node, inputs, outputs, degree)
-    sizes = [numel(s) * precision.itemsize(tensor(v).dtype) for s, v in zip(given, reads(node), strict=True)]
-    results = [numel(s) * precision.itemsize(t.dtype) for s, t in zip(made, tensors(node), strict=False)]
-    dtype = precision.running(tensors(node)[0].dtype)
-    if is_product(node):
-        return product_work(node, given, made, sizes, sum(results), dtype)
-    return vector_work(node, sizes, results, dtype)
-
-
-def product_work(
-    node: fx.Node, given: list[Shape], made: list[Shape], sizes: list[int], result: float, dtype: torch.dtype
-) -> Work:
-    flops, moved, wanted = products(node, given, made), float(sum(sizes)) + result, reads(node)
-    if is_attention(node):
-        flops *= CAUSAL if is_causal(node) else 1.0
-        back = ATTENTION_BACKWARD * flops if any(flows(v) for v in wanted[:3]) else 0.0
-        return Work("attention", (flops, back, 0.0), (moved, 2 * moved if back else 0.0, 0.0), dtype)
-    f, b = [0.0, 0.0], [0.0, 0.0]
-    for position in PRODUCTS[op_name(node)]:
-        if position < len(wanted) and flows(wanted[position]):
-            side = 0 if parameter(wanted[position]) is None else 1
-            f[side] += flops
-            b[side] += moved
-    for position, v in enumerate(wanted):
-        if position not in PRODUCTS[op_name(node)] and flows(v):
-            b[1] += result  # the gradient of a bias: a sum over the output's
-    return Work("matmul", (flops, f[0], f[1]), (moved, b[0], b[1]), dtype)
-
-
 def is_causal(node: fx.Node) -> bool:
     """Whether a fused attention call masks the future itself (a flag, not a mask)."""
     return node.kwargs.get("is_causal") is True or (len(node.args) > 5 and node.args[5] is True)
-
-
-def vector_work(node: fx.Node, sizes: list[int], results: list[int], dtype: torch.dtype) -> Work:
-    name, result = op_name(node), float(sum(results))
-    wanted = reads(node)
-    if name == "embedding":
-        back = 2.0 * sizes[0] + result if flows(wanted[0]) else 0.0
-        return Work("vector", bytes=(2 * result, 0.0, back), dtype=dtype)
-    moved = float(sum(sizes)) + result
-    if name == "cross_entropy_loss":
-        moved += 2.0 * sizes[0]  # its log-softmax is written and read again
-    if not any(flows((node, i)) for i in range(len(results))) or name in NO_GRADIENT_WORK - {"mean", "sum"}:
-        return Work("vector", bytes=(moved, 0.0, 0.0), dtype=dtype)
-    kept = kept_by(node)
-    saved = sum(sizes[i] for i in kept.operands) + sum(results[i] for i in kept.outputs)
-    back = [0.0, 0.0]
-    for size, v in zip(sizes, wanted, strict=True):
-        if flows(v):
-            back[0 if parameter(v) is None else 1] += size + (result if name != "cross_entropy_loss" else size)
-    back[0] += saved
-    return Work("vector", bytes=(moved, back[0], back[1]), dtype=dtype)
 
 
 def skipped_dropout(node: fx.Node) -> bool:

@@ -60,6 +60,18 @@ def free_nodes(program: Program) -> set[fx.Node]:
     return free
 
 
+def copies(program: Program) -> set[fx.Node]:
+    """Views and casts of parameters alone: every stage that reads one makes it of its own parameter, which is smaller to
+    keep equal (once a step) than a weight is to send (with every micro-batch)."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        given = node.all_input_nodes if node.op == "call_function" else []
+        of_parameters = all(n in found or n.op == "placeholder" and n.meta["kind"] == "parameter" for n in given)
+        if given and of_parameters and not random(node) and not changes_in_place(node):
+            found.add(node)
+    return found
+
+
 def random(node: fx.Node) -> bool:
     """Whether a node draws random numbers (it must then run once, in one place)."""
     tags = getattr(node.target, "tags", ())
@@ -68,7 +80,7 @@ def random(node: fx.Node) -> bool:
 
 def cut(program: Program, ranges: list[tuple[int, int]]) -> list[StageGraph]:
     """The program's stages. Raises `PlanError` if ``ranges`` are not its block calls, in order."""
-    home, free = homes(program, ranges), free_nodes(program)
+    home, free = homes(program, ranges), free_nodes(program) | copies(program)
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     last = len(ranges) - 1
     own: list[set[fx.Node]] = [set() for _ in ranges]

@@ -9,7 +9,7 @@ from torch import fx
 from autopar.cost import collective
 from autopar.cost.compute import model_flops
 from autopar.cost.regions import Measure, Prices, Region, needs_reduction
-from autopar.cost.values import Value, flows, is_view, local_numel, reads, stored, tensor, tensors, value
+from autopar.cost.values import Value, flows, is_view, local_numel, parameter, reads, stored, tensor, tensors, value
 from autopar.ir.program import OUTER, Program
 from autopar.sharding.redistribute import grad_placement, moves
 from autopar.solve.assignment import Assignment, placeholders
@@ -197,7 +197,14 @@ def loose(
 
 
 def through_views(node: fx.Node) -> list[fx.Node]:
-    return [u for u in node.users if u.op != "output"]
+    """Who reads a parameter, itself or a view or cast of it."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user.op == "call_function" and parameter((user, 0)) is not None:
+            found += through_views(user)
+        elif user.op != "output":
+            found.append(user)
+    return found
 
 
 # ------------------------------------------------------------------ what crosses
@@ -218,8 +225,8 @@ def cuts(program: Program, assignment: Assignment, where: dict[fx.Node, int], pr
     for v, end in last.items():
         node = v[0]
         start = index.get(node, where.get(node, SHARED))
-        if node.op == "placeholder" or start == SHARED:
-            continue
+        if node.op == "placeholder" or start == SHARED or parameter(v) is not None:
+            continue  # every stage has what is made of its own parameters
         count = local_numel(v, assignment.placement(program, OUTER, v), assignment.degree)
         size = count * prices.precision.itemsize(tensor(v).dtype)
         for i in range(max(start, 0), min(end, len(totals))):

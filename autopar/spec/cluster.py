@@ -32,12 +32,14 @@ Curve = tuple[tuple[NonNegative, Efficiency], ...]
 class EfficiencySpec(Spec):
     """The share of a peak that is reached, by the size of one kernel: rising points (size, share), lines between.
 
-    ``matmul`` and ``vector`` over FLOPs per call, ``memory`` over bytes moved per call.
+    ``matmul`` and ``vector`` over FLOPs per call, ``memory`` over bytes moved per call. ``attention``: the shares of the
+    matrix units' peak that a fused attention kernel reaches, forward and backward.
     """
 
     matmul: Curve = ()
     vector: Curve = ()
     memory: Curve = ()
+    attention: tuple[Efficiency, Efficiency] | None = None
 
     @field_validator("matmul", "vector", "memory")
     @classmethod
@@ -57,6 +59,7 @@ class DeviceSpec(Spec):
     flops_per_second: dict[str, FlopRate] = Field(min_length=1)
     vector_flops_per_second: FlopRate | None = None  # outside of matrix units, float32; default: float32's peak
     kernel_latency: Seconds = 0.0  # launching one kernel
+    units: Count | None = None  # multiprocessors, over which the tiles of a matrix product are spread
     host_bandwidth: Bandwidth | None = None  # to the host's memory, one direction, for offload
     share: Positive = 1.0  # of the numbers above one process has: processes that share this machine's cores have less
     efficiency: EfficiencySpec = EfficiencySpec()

@@ -9,9 +9,10 @@ import torch
 
 from autopar.cluster import AxisLink
 from autopar.cost import collective
-from autopar.cost.compute import ATTENTION, SUSTAINED, kernel, model_flops, share
+from autopar.cost.compute import ATTENTION, kernel, model_flops, share
 from autopar.cost.memory import Sharding, optimizer_bytes, states
 from autopar.cost.precision import Precision
+from autopar.cost.work import FORWARD, INPUTS, Call
 from autopar.plan.plan import MeshShape
 from autopar.solve.blocks import total_flops
 from tests.cost.models import cluster, gpt
@@ -69,11 +70,22 @@ def test_a_ring_moves_n_minus_1_of_n_of_the_bytes() -> None:
 
 
 def test_hosts_exchange_over_every_rail_at_once() -> None:
+    """A ring leaves each host once per rail: eight of 25 GB/s are slower than NVLink's 300 GB/s."""
     machine = cluster(8, hosts=4)
     link = machine.axis_link(MeshShape(dp=32), "dp")
     assert link.spans_hosts
-    across, inside = 1e9 / 8 * 3 / 4 / 25e9, 1e9 * 7 / 8 / 300e9
-    assert collective.gather(1e9, link) == pytest.approx(across + inside, rel=1e-2)
+    assert collective.gather(1e9, link) == pytest.approx(1e9 * 31 / 32 / (8 * 25e9) + 28 * 3e-6 + 3 * 8e-6)
+
+
+def test_a_ring_waits_once_for_every_step_and_a_tree_once_for_every_level() -> None:
+    machine = cluster(8, hosts=64)
+    link = machine.axis_link(MeshShape(dp=512), "dp")
+    ring, tree = collective.ring_wait(link), collective.tree_wait(link)
+    assert ring == pytest.approx(448 * 3e-6 + 63 * 8e-6)
+    assert tree == pytest.approx(6 * 8e-6 + 7 * 3e-6)
+    assert collective.all_reduce(1e3, link) == pytest.approx(2 * tree, rel=1e-2)
+    large = collective.all_reduce(1e12, link)
+    assert large == pytest.approx(2 * collective.gather(1e12, link))  # a ring's bandwidth is the larger
 
 
 def test_one_device_talks_to_nobody() -> None:
@@ -82,18 +94,29 @@ def test_one_device_talks_to_nobody() -> None:
     assert collective.send(1e9, link) == 0.0
 
 
+def product(flops: float, bytes: float = 0.0, kind: str = "matmul", side: int = FORWARD) -> Call:
+    return Call(side, kind, flops, bytes)
+
+
 def test_a_kernel_takes_the_longer_of_computing_and_moving() -> None:
     device = cluster().device
-    flops = kernel(device, "matmul", 1e12, 1e6, "bfloat16")
-    assert flops == pytest.approx(1e12 / (3e14 * share(device, "matmul", 1e12) * SUSTAINED) + 4e-6)
-    moved = kernel(device, "vector", 0.0, 1e9, "bfloat16")
+    flops = kernel(device, product(1e12, 1e6), "bfloat16")
+    assert flops == pytest.approx(1e12 / (3e14 * share(device, "matmul", 1e12)) + 4e-6)
+    moved = kernel(device, product(0.0, 1e9, "vector"), "bfloat16")
     assert moved == pytest.approx(1e9 / (2e12 * 0.9) + 4e-6)
-    assert kernel(device, "attention", 1e12, 0.0, "bfloat16") == pytest.approx((flops - 4e-6) / ATTENTION + 4e-6)
+
+
+@pytest.mark.parametrize(("side", "part"), [(FORWARD, ATTENTION[0]), (INPUTS, ATTENTION[1])])
+def test_fused_attention_reaches_a_part_of_a_products_rate(side: int, part: float) -> None:
+    device = cluster().device
+    flops = kernel(device, product(1e12), "bfloat16")
+    fused = kernel(device, product(1e12, kind="attention", side=side), "bfloat16")
+    assert fused == pytest.approx((flops - 4e-6) / part + 4e-6)
 
 
 def test_larger_calls_are_more_efficient_and_never_take_less() -> None:
     device = cluster().device
-    times = [kernel(device, "matmul", 10**k, 0.0, "bfloat16") for k in range(6, 14)]
+    times = [kernel(device, product(10.0**k), "bfloat16") for k in range(6, 14)]
     assert times == sorted(times)
     shares = [share(device, "matmul", 10**k) for k in range(6, 14)]
     assert shares == sorted(shares)
