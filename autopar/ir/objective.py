@@ -50,7 +50,7 @@ class Objective(nn.Module):
         output = self.model(**self.arguments(batch))
         if self.loss is not None:
             return summed(self.loss(output, batch), batch)
-        if self.own_loss(batch) and isinstance(output, torch.Tensor) and output.dim() == 0:
+        if self.own_loss(batch) and is_loss(output):
             return summed(output, batch)
         if "labels" in batch:
             return self.cross_entropy(logits_of(output), batch["labels"])
@@ -114,6 +114,12 @@ def differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return any(
         isinstance(x, int) != isinstance(y, int) or (isinstance(x, int) and x != y) for x, y in zip(a, b, strict=True)
     )
+
+
+def is_loss(output: Any) -> bool:
+    """Whether a module that takes its labels returned a scalar mean or ``(loss_sum, count)``."""
+    parts = output if isinstance(output, tuple) and len(output) == 2 else (output,)
+    return all(isinstance(part, torch.Tensor) and part.dim() == 0 for part in parts)
 
 
 def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:

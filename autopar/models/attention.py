@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
+from autopar.models.dtypes import wide_dtype
 from autopar.models.layers import Linear
-from autopar.models.norms import norm, wide_dtype
-from autopar.models.positions import Positions, Tables
+from autopar.models.norm import norm
+from autopar.models.parts import part
+from autopar.models.position import Positions, Tables
 from autopar.spec.model import DecoderSpec
 
 
 class Attention(nn.Module):
-    """Attention of ``spec.heads`` queries over ``spec.kv_heads`` keys and values; the subclasses project."""
+    """Attention of ``spec.heads`` queries over ``spec.kv_heads`` keys and values; the projections are subclasses."""
 
     def __init__(self, spec: DecoderSpec, positions: Positions, output_std: float) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
         self.repeats = spec.heads // spec.kv_heads
-        self.scale = spec.head_dim**-0.5
+        self.scale = spec.attention_scale or spec.head_dim**-0.5
         self.softmax_float32 = spec.softmax_float32
+        self.soft_cap = spec.soft_cap
+        self.clip = spec.qkv_clip
         self.positions = positions
         self.output = Linear(spec.heads * spec.head_dim, spec.hidden, bias=spec.bias.output, std=output_std)
         self.dropout = nn.Dropout(spec.dropout.attention) if spec.dropout.attention else None
-        self.query_norm = norm(spec, spec.head_dim) if spec.query_key_norm else None
-        self.key_norm = norm(spec, spec.head_dim) if spec.query_key_norm else None
+        self.norm_heads = spec.query_key_norm == "head"
+        normed = spec.query_key_norm != "none"
+        size = spec.head_dim if self.norm_heads else None
+        self.query_norm = norm(spec, size or spec.heads * spec.head_dim) if normed else None
+        self.key_norm = norm(spec, size or spec.kv_heads * spec.head_dim) if normed else None
 
+    @abstractmethod
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (batch, length, heads, head_dim), keys and values (batch, length, kv_heads, head_dim)."""
-        raise NotImplementedError
 
     def forward(self, hidden: Tensor, mask: Tensor, tables: Tables) -> Tensor:
         """hidden (batch, length, hidden); mask, added to the scores, broadcasts to (batch, heads, length, length)."""
-        query, key, value = self.project(hidden)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = self._projected(hidden)
         query = self.positions.rotate(query.transpose(1, 2), tables)
         key = self._repeat(self.positions.rotate(key.transpose(1, 2), tables))
         value = self._repeat(value.transpose(1, 2))
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
+        if self.soft_cap is not None:
+            scores = torch.tanh(scores / self.soft_cap) * self.soft_cap
         weights = self._softmax(self.positions.bias(scores, tables) + mask)
         mixed = torch.matmul(weights, value).transpose(1, 2)
         return self.output(mixed.reshape(hidden.shape[0], hidden.shape[1], -1))
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, clipped and normed as the spec says."""
+        query, key, value = self.project(hidden)
+        if self.clip is not None:
+            query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
+        if self.query_norm is None or self.key_norm is None:
+            return query, key, value
+        if self.norm_heads:
+            return self.query_norm(query), self.key_norm(key), value
+        return self._heads(self.query_norm(query.flatten(2))), self._heads(self.key_norm(key.flatten(2))), value
 
     def _softmax(self, scores: Tensor) -> Tensor:
         if self.softmax_float32:
@@ -61,55 +81,16 @@ class Attention(nn.Module):
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim)
 
 
-class SeparateAttention(Attention):
-    """Queries, keys and values from one matrix each."""
-
-    def __init__(self, spec: DecoderSpec, positions: Positions, output_std: float) -> None:
-        super().__init__(spec, positions, output_std)
-        bias, std = spec.bias.qkv, spec.initializer.std
-        self.query = Linear(spec.hidden, spec.heads * spec.head_dim, bias=bias, std=std)
-        self.key = Linear(spec.hidden, spec.kv_heads * spec.head_dim, bias=bias, std=std)
-        self.value = Linear(spec.hidden, spec.kv_heads * spec.head_dim, bias=bias, std=std)
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heads(self.query(hidden)), self._heads(self.key(hidden)), self._heads(self.value(hidden))
-
-
 class FusedAttention(Attention):
     """Queries, keys and values from one matrix."""
 
     def __init__(self, spec: DecoderSpec, positions: Positions, output_std: float) -> None:
         super().__init__(spec, positions, output_std)
         outputs = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-        self.query_key_value = Linear(spec.hidden, outputs, bias=spec.bias.qkv, std=spec.initializer.std)
-
-
-class GroupedAttention(FusedAttention):
-    """Rows laid out (kv_head, [its queries, key, value], head_dim): BLOOM, ChatGLM, and Falcon with its groups."""
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = hidden.shape
-        grouped = self.query_key_value(hidden).view(batch, length, -1, self.repeats + 2, self.head_dim)
-        query = grouped[..., : self.repeats, :].reshape(batch, length, -1, self.head_dim)
-        return query, grouped[..., self.repeats, :], grouped[..., self.repeats + 1, :]
-
-
-class ConcatenatedAttention(FusedAttention):
-    """Rows laid out all queries, all keys, all values: ChatGLM2 and MPT."""
-
-    def __init__(self, spec: DecoderSpec, positions: Positions, output_std: float) -> None:
-        super().__init__(spec, positions, output_std)
-        keys = spec.kv_heads * spec.head_dim
-        self.sizes = [spec.heads * spec.head_dim, keys, keys]
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.query_key_value(hidden).split(self.sizes, dim=-1)
-        return self._heads(query), self._heads(key), self._heads(value)
-
-
-_KINDS = {"separate": SeparateAttention, "grouped": GroupedAttention, "concatenated": ConcatenatedAttention}
+        self.query_key_value = Linear(spec.hidden, outputs, bias=spec.bias.of("query"), std=spec.initializer.std)
 
 
 def attention(spec: DecoderSpec, positions: Positions, output_std: float) -> Attention:
     """The attention of the spec's layout of q, k and v."""
-    return _KINDS[spec.qkv](spec, positions, output_std)
+    made: Attention = part("projections", spec.qkv)(spec, positions, output_std)
+    return made

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autopar.errors import SpecError
-from autopar.models.decoder import Decoder
+from autopar.models.decoder import Decoder, decoder
 from autopar.spec.model import DecoderSpec
 from autopar.spec.origin import ModelOrigin, read_origin
 from autopar.spec.source import Source
@@ -51,8 +51,8 @@ def origin(model: ModelOrigin | Mapping[str, Any] | str) -> ModelOrigin:
 
 def _decoder(spec: DecoderSpec, meta: bool, dtype: torch.dtype | None) -> Decoder:
     with torch.device("meta") if meta else contextlib.nullcontext():
-        decoder = Decoder(spec)
-    return decoder if dtype is None else decoder.to(dtype)
+        made = decoder(spec)
+    return made if dtype is None else made.to(dtype)
 
 
 @contextlib.contextmanager

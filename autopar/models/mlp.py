@@ -1,57 +1,30 @@
-"""The feed-forward part of a block, plain or gated."""
+"""The feed-forward part of a block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from autopar.models.activations import activate
-from autopar.models.layers import Linear
-from autopar.spec.model import DecoderSpec
+from autopar.models.parts import part
+from autopar.spec.model import GATED, DecoderSpec
 
 
-class MLP(nn.Module):
-    """down(act(up(x)))."""
-
-    def __init__(self, spec: DecoderSpec, output_std: float) -> None:
-        super().__init__()
-        self.activation = spec.activation
-        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias.up, std=spec.initializer.std)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias.down, std=output_std)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(activate(self.activation, self.up(hidden)))
+def activation(spec: DecoderSpec) -> Callable[[Tensor], Tensor]:
+    """The spec's activation, elementwise (of a gated unit: what it does to the gate)."""
+    return part("activations", GATED.get(spec.activation, spec.activation))
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
-
-    def __init__(self, spec: DecoderSpec, output_std: float) -> None:
-        super().__init__()
-        self.activation = spec.activation
-        self.gate = Linear(spec.hidden, spec.ffn, bias=spec.bias.up, std=spec.initializer.std)
-        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias.up, std=spec.initializer.std)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias.down, std=output_std)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(activate(self.activation, self.gate(hidden)) * self.up(hidden))
+def mlp(spec: DecoderSpec, layer: int, output_std: float) -> nn.Module:
+    """The feed-forward part of block number ``layer``; ``output_std``: the deviation of the weights that end it."""
+    made: nn.Module = part("mlps", choice(spec, layer))(spec, spec.ffn, output_std)
+    return made
 
 
-class FusedGatedMLP(nn.Module):
-    """A gated MLP whose gate and up matrices are one, rows gate | up (ChatGLM2)."""
-
-    def __init__(self, spec: DecoderSpec, output_std: float) -> None:
-        super().__init__()
-        self.activation = spec.activation
-        self.gate_up = Linear(spec.hidden, 2 * spec.ffn, bias=spec.bias.up, std=spec.initializer.std)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias.down, std=output_std)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(activate(self.activation, gate) * up)
-
-
-def mlp(spec: DecoderSpec, output_std: float) -> nn.Module:
-    """The spec's feed-forward part."""
-    if not spec.gated:
-        return MLP(spec, output_std)
-    return (FusedGatedMLP if spec.fused_gate_up else GatedMLP)(spec, output_std)
+def choice(spec: DecoderSpec, layer: int) -> str:
+    """Which part of `mlps` the spec's fields describe."""
+    if spec.mixes(layer):
+        return "experts"
+    if spec.gated:
+        return "gated_fused" if spec.fused_gate_up else "gated"
+    return "plain"

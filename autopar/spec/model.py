@@ -5,24 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from autopar.errors import SpecError
-from autopar.spec.base import Count, Flag, Fraction, Positive, Real, Spec, build
+from autopar.errors import SpecError, suggestion
+from autopar.spec import parts
+from autopar.spec.base import Count, Flag, Fraction, NonNegative, Positive, Real, Spec, Whole, build
 from autopar.spec.family import families, load_family
+from autopar.spec.quantity import short
 from autopar.spec.source import Source
 
-GATED = {"swiglu", "geglu", "geglu_tanh", "reglu"}
-Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+"""Gated units by the names of Shazeer 2020, and the activation of their gate; `gated: true` gates any other."""
+
+
+def _activation(name: str) -> str:
+    known = (*parts.parts("activations"), *GATED)
+    if name not in known:
+        raise ValueError(f"is {short(name)}, which is unknown{suggestion(name, known)} (one of: {', '.join(known)})")
+    return name
+
+
+def _normed(value: object) -> object:
+    return {True: "head", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class RopeScaling(Spec):
-    """Llama 3.1's stretch of the low frequencies (`rope_type: llama3`) beyond ``original_length``."""
+    """How rotary positions stretch beyond ``original_length`` (default: the model's max_length), by a part of `scalings`.
 
+    ``linear`` and ``dynamic`` (NTK) read factor; ``llama3`` also the frequency factors; ``yarn`` also the betas,
+    ``attention_factor`` (default: 0.1 ln factor + 1) and ``truncate`` (whole dims bound its ramp).
+    """
+
+    kind: parts.Scaling = "llama3"
     factor: Positive
+    original_length: Count | None = None
     low_frequency_factor: Positive = 1.0
     high_frequency_factor: Positive = 4.0
-    original_length: Count
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None
+    truncate: Flag = True
 
 
 class Rope(Spec):
@@ -35,14 +57,51 @@ class Rope(Spec):
 
 
 class Biases(Spec):
-    """Which projections add a bias; ``norm`` is LayerNorm's."""
+    """Which projections add a bias; ``query``, ``key`` and ``value`` each as ``qkv`` unless given; ``norm``: LayerNorm's."""
 
     qkv: Flag = False
+    query: Flag | None = None
+    key: Flag | None = None
+    value: Flag | None = None
     output: Flag = False
     up: Flag = False
     down: Flag = False
     norm: Flag = False
     head: Flag = False
+
+    def of(self, projection: str) -> bool:
+        """Whether the projection ``query``, ``key`` or ``value`` has a bias."""
+        own: bool | None = {"query": self.query, "key": self.key, "value": self.value}[projection]
+        return self.qkv if own is None else own
+
+
+class Experts(Spec):
+    """A mixture of ``experts`` gated MLPs of inner size ``ffn`` (default: the model's), ``top`` of them for each token.
+
+    score: of the router's logits, before the top are taken; ``normalize``: the top scores are divided by their sum, then
+    multiplied by ``scale``. shared: inner size of an expert that serves every token, under a sigmoid gate of its own
+    with ``shared_gate``. The first ``dense_layers`` blocks have one MLP of the model's ffn. dispatch names the part that
+    computes the experts.
+    """
+
+    experts: Count
+    top: Count
+    ffn: Count | None = None
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: Flag = True
+    scale: Positive = 1.0
+    shared: Whole = 0
+    shared_gate: Flag = False
+    dense_layers: Whole = 0
+    dispatch: parts.Dispatch = "dense"
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Experts:
+        if self.top > self.experts:
+            raise ValueError(f"chooses top: {self.top} of experts: {self.experts}; at most {self.experts} can be chosen")
+        if self.shared_gate and not self.shared:
+            raise ValueError("has a shared_gate, but no shared expert; give its inner size as shared")
+        return self
 
 
 class Dropout(Spec):
@@ -63,10 +122,14 @@ class Initializer(Spec):
 class DecoderSpec(Spec):
     """One decoder. Fields left out come from the family; ``ffn`` of a plain MLP is 4·hidden, ``kv_heads`` is heads.
 
-    block: ``sequential``; ``parallel`` (Falcon 7B: one norm feeds attention and MLP); ``parallel_two_norms`` (Falcon
-    40B); ``scaled_norm_residual`` (ChatGLM: the residual is the norm's output times √(2·layers)).
-    qkv: ``separate``; ``grouped``, one matrix laid out (kv_head, [queries, key, value], head_dim), as in BLOOM and
-    Falcon; ``concatenated``, one matrix q | k | v, as in ChatGLM2 and MPT.
+    positions, norm, activation, qkv (how queries, keys and values lie in their matrices) and block name parts: files in
+    `autopar/models/{positions,norms,activations,projections,blocks}/`, which say what each is.
+    norm_offset is added to a norm's weight (Gemma: 1). query_key_norm: over each ``head``, or over the whole
+    ``projection`` (OLMo 2). window: a query sees this many keys, itself included, in the layers where window_pattern
+    (repeated over the layers) is true. soft_cap c of scores and head_soft_cap of logits: c · tanh(x / c).
+    embedding_gradient: the share of the gradient that reaches the embedding (GLM-130B). z_loss: coefficient of
+    (log Z)² per label (PaLM). Scales multiply: attention_scale the scores (default 1 / √head_dim), residual_scale what a
+    sublayer adds, embedding_scale the embedding, logit_scale the logits; alibi_scaled: ALiBi comes before the scores' scale.
     """
 
     family: str
@@ -78,32 +141,52 @@ class DecoderSpec(Spec):
     ffn: Count
     vocab: Count
     tokenizer: str = ""  # how text becomes ids, in words
+    byte_fallback: Flag | None = None  # whether every text has ids, unknown characters as their bytes
     max_length: Count
     tied: Flag
-    norm: Literal["layernorm", "rmsnorm"]
+    norm: parts.Norm
     norm_eps: Positive = 1e-5
-    activation: Activation
+    norm_offset: Real = 0.0
+    activation: Annotated[str, AfterValidator(_activation)]
+    gated: Flag = False
     fused_gate_up: Flag = False
-    positions: Literal["none", "learned", "rope", "rope_2d", "alibi"]
+    positions: parts.Positions
     rope: Rope = Rope()
-    qkv: Literal["separate", "grouped", "concatenated"] = "separate"
-    query_key_norm: Flag = False
-    block: Literal["sequential", "parallel", "parallel_two_norms", "scaled_norm_residual"] = "sequential"
+    alibi_scaled: Flag = False
+    qkv: parts.Projection = "separate"
+    qkv_clip: Positive | None = None
+    query_key_norm: Annotated[Literal["none", "head", "projection"], BeforeValidator(_normed)] = "none"
+    window: Count | None = None
+    window_pattern: tuple[Flag, ...] = (True,)
+    soft_cap: Positive | None = None
+    attention_scale: Positive | None = None
+    block: parts.Block = "sequential"
+    residual_scale: Positive = 1.0
     embedding_norm: Flag = False
+    embedding_scale: Positive | Literal["sqrt_hidden"] = 1.0
+    embedding_gradient: Annotated[Real, Field(gt=0, le=1)] = 1.0
     final_norm: Flag = True
+    logit_scale: Positive = 1.0
+    head_soft_cap: Positive | None = None
     softmax_float32: Flag = False
+    moe: Experts | None = None
     bias: Biases = Biases()
     dropout: Dropout = Dropout()
     initializer: Initializer = Initializer()
-
-    @property
-    def gated(self) -> bool:
-        return self.activation in GATED
+    z_loss: NonNegative = 0.0
 
     @property
     def rotary_dim(self) -> int:
         """How many entries of a head are rotated (by one position each, in `rope_2d` by one position per half)."""
         return int(self.head_dim * self.rope.fraction)
+
+    def windowed(self, layer: int) -> int | None:
+        """The window of layer ``layer`` (from 0), or None where it sees everything before it."""
+        return self.window if self.window_pattern[layer % len(self.window_pattern)] else None
+
+    def mixes(self, layer: int) -> bool:
+        """Whether layer ``layer`` (from 0) has experts."""
+        return self.moe is not None and layer >= self.moe.dense_layers
 
     @model_validator(mode="before")
     @classmethod
@@ -121,7 +204,10 @@ class DecoderSpec(Spec):
                     f"has heads: {heads}, which do not divide hidden: {hidden}; give a divisor, or head_dim as well"
                 )
             data["head_dim"] = hidden // heads
-        if _positive(hidden) and data.get("ffn") is None and data.get("activation") not in GATED:
+        activation = data.get("activation")
+        if isinstance(activation, str) and activation in GATED and data.get("gated") is None:
+            data["gated"] = True
+        if _positive(hidden) and data.get("ffn") is None and data.get("gated") in (None, False):
             data["ffn"] = 4 * hidden
         return data
 
@@ -135,10 +221,17 @@ class DecoderSpec(Spec):
                 f"rotates {self.rotary_dim} of head_dim: {self.head_dim} entries; positions: {self.positions} needs a "
                 f"multiple of {pairs}"
             )
-        if self.fused_gate_up and not self.gated:
+        if not self.gated and (self.fused_gate_up or self.activation in GATED or self.moe is not None):
+            what = "fused_gate_up" if self.fused_gate_up else "moe" if self.moe is not None else "gated: false"
             raise ValueError(
-                f"has fused_gate_up, but {self.activation} has no gate (gated: {', '.join(sorted(GATED))})"
+                f"has {what}, but {self.activation} has no gate (gated: {', '.join(sorted(GATED))}; or gated: true)"
+                if what != "gated: false"
+                else f"has gated: false, but {self.activation} is a gated unit; name its activation alone"
             )
+        if self.qkv != "separate" and len({self.bias.of(p) for p in ("query", "key", "value")}) > 1:
+            raise ValueError(f"has biases of query, key and value that differ; qkv: {self.qkv} is one matrix for all")
+        if not self.window_pattern:
+            raise ValueError("has an empty window_pattern; give at least one of true, false")
         return self
 
 

@@ -8,7 +8,7 @@ from torch.export import Dim
 
 from autopar.models.decoder import Decoder
 from autopar.models.load import build
-from autopar.models.positions import alibi_slopes
+from autopar.models.positions.alibi import alibi_slopes
 from autopar.spec.model import resolve
 
 SIZES = dict(layers=2, hidden=48, heads=6, vocab=61, max_length=64)

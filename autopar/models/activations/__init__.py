@@ -1,0 +1,1 @@
+"""The activations of MLPs, elementwise: each file's ``make`` is the function."""

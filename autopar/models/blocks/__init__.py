@@ -1,0 +1,1 @@
+"""How attention and MLP join the residual stream: each file's ``make(spec, positions, layer)`` is a `Block`."""

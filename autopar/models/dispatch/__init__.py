@@ -1,0 +1,1 @@
+"""How the experts of a mixture are computed: each file's ``make(experts, hidden, scores, chosen)`` is a function."""

@@ -1,0 +1,26 @@
+"""A gated MLP, a matrix for the gate and one for what passes it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from autopar.models.layers import Linear
+from autopar.models.mlp import activation
+from autopar.spec.model import DecoderSpec
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, spec: DecoderSpec, ffn: int, output_std: float) -> None:
+        super().__init__()
+        self.activation = activation(spec)
+        self.gate = Linear(spec.hidden, ffn, bias=spec.bias.up, std=spec.initializer.std)
+        self.up = Linear(spec.hidden, ffn, bias=spec.bias.up, std=spec.initializer.std)
+        self.down = Linear(ffn, spec.hidden, bias=spec.bias.down, std=output_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
+
+
+make = GatedMLP

@@ -1,0 +1,1 @@
+"""Norms over the last dim: each file's ``make(size, spec)`` is a module."""

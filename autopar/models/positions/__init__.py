@@ -1,0 +1,1 @@
+"""Positions: each file's ``make(spec)`` is a `Positions` (see `base`)."""

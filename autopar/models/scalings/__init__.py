@@ -1,0 +1,1 @@
+"""Stretched rotary positions: each file's ``make(frequencies, wave)`` returns frequencies and a factor on cos and sin."""
