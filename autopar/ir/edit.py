@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import fx
 
 from autopar.errors import PassError, suggestion
+from autopar.ir.adapters import trained
 from autopar.ir.initial import Initial
 from autopar.ir.ops import Embedding, Linear, view
 from autopar.ir.program import OUTER, Parameter, Program, copy_graph
@@ -114,17 +115,25 @@ def separate(program: Program, name: str, calls: list[fx.Node]) -> str:
 
 
 def add_parameter(
-    program: Program, graph: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: Initial
+    program: Program,
+    graph: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    initial: Initial | Callable[[str], Initial],
 ) -> fx.Node:
     """A new trainable parameter: ``name`` in the outer graph, ``<instance>.name`` of every instance of a block.
 
-    Returns its placeholder in ``graph``. Values are real where the program's own are, else made when weights are written.
+    ``initial`` may be made of the instance's path. Returns the placeholder in ``graph``. Values are real where the
+    program's own are, else made when weights are written.
     """
+    make = initial if callable(initial) else lambda _path: initial
     if graph == OUTER:
-        return outer_parameter(program, name, shape, dtype, initial)
+        return outer_parameter(program, name, shape, dtype, make(""))
     for call in program.calls():
         if call.target == graph:
-            new = outer_parameter(program, f"{call.meta['path']}.{name}", shape, dtype, initial)
+            path = str(call.meta["path"])
+            new = outer_parameter(program, f"{path}.{name}", shape, dtype, make(path))
             call.args = (*call.args, new)
     return placeholder(program.blocks[graph], name, shape, dtype, program)
 
@@ -137,9 +146,19 @@ def outer_parameter(
     program.parameters[name] = Parameter(name, shape, dtype)
     program.initial[name] = initial
     real = any(not t.is_meta for n, t in program.tensors.items() if n in program.parameters)
-    value = initial.make(name, shape, dtype) if real else torch.empty(shape, dtype=dtype, device="meta")
+    value = (
+        first_value(program, name, shape, dtype, initial) if real else torch.empty(shape, dtype=dtype, device="meta")
+    )
     program.tensors[name] = torch.nn.Parameter(value)
     return placeholder(program.graph, name, shape, dtype, program)
+
+
+def first_value(
+    program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: Initial
+) -> torch.Tensor:
+    if initial.kind == "norms":
+        return initial.measured(program.tensors[initial.of]).to(dtype)
+    return initial.make(name, shape, dtype)
 
 
 def placeholder(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch.dtype, program: Program) -> fx.Node:
@@ -156,9 +175,16 @@ def placeholder(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch
 
 
 def freeze(program: Program) -> None:
-    """Every parameter that no pass added takes no gradient any more."""
+    """Every parameter that no pass added and no adapter trains takes no gradient any more."""
+    kept = program.initial.keys() | trained(program)
     for name, parameter in program.parameters.items():
-        if name not in program.initial and parameter.trainable:
-            program.parameters[name] = Parameter(
-                name, parameter.shape, parameter.dtype, False, parameter.alias_of, parameter.role
-            )
+        if name not in kept and parameter.trainable:
+            program.parameters[name] = replace(parameter, trainable=False)
+
+
+def unfreeze(program: Program, names: Iterable[str]) -> None:
+    """These parameters take gradients (again)."""
+    for name in names:
+        program.parameters[name] = replace(program.parameters[name], trainable=True)
+        if not program.tensors[name].requires_grad:
+            program.tensors[name] = torch.nn.Parameter(program.tensors[name].detach())

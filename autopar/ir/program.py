@@ -7,11 +7,13 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from autopar.ir.adapters import Adapter
 from autopar.ir.initial import Initial
 
 OUTER = "program"
@@ -56,6 +58,7 @@ class Program:
     history: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)  # module path → its role in the model's family
     initial: dict[str, Initial] = field(default_factory=dict)  # parameters that passes added → their first values
+    adapters: list[Adapter] = field(default_factory=list)  # what PEFT passes train, in order
     precision: dict[str, str] | None = None  # compute, master, frozen, reduce → dtype names, set by a pass
     respecialize: Callable[[Program, dict[str, int]], Program] | None = None
 
@@ -85,6 +88,7 @@ class Program:
             history=list(self.history),
             roles=dict(self.roles),
             initial=dict(self.initial),
+            adapters=list(self.adapters),
             precision=None if self.precision is None else dict(self.precision),
         )
 
@@ -107,6 +111,28 @@ class Program:
         from autopar.ir.module import ProgramModule
 
         return ProgramModule(self)
+
+    def save_adapter(self, folder: str | Path) -> Path:
+        """Write what PEFT passes train in peft's own format; several adapters into a folder each, by method."""
+        from autopar.ir.adapters import save_program
+
+        return save_program(self, folder)
+
+    def load_adapter(self, folder: str | Path) -> Program:
+        """Fill the adapter's parameters from a folder that `save_adapter` or peft wrote; returns the program itself.
+
+        Raises `CheckpointError` where the folder's method, options or tensors are not the program's.
+        """
+        from autopar.ir.adapters import load_program
+
+        load_program(self, folder)
+        return self
+
+    def merge(self) -> Program:
+        """A copy without adapters, each folded into the weights beside it. Raises `PassError` where one cannot be."""
+        from autopar.ir.adapters import merged
+
+        return merged(self)
 
     def __str__(self) -> str:
         from autopar.ir.text import text

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pydantic
 
 from autopar.errors import PassError, suggestion
+from autopar.ir.adapters import Adapter
 from autopar.ir.program import Program, symbolic_sizes
 from autopar.ir.specialize import annotate, example_sizes
 from autopar.ir.verify import verify
@@ -41,6 +42,10 @@ class Pass(pydantic.BaseModel, ABC):
     @abstractmethod
     def rewrite(self, program: Program) -> None:
         """Change ``program`` (a copy of the caller's) in place. Raises `PassError` for targets that are not there."""
+
+    def merge(self, program: Program, adapter: Adapter) -> None:
+        """Fold what this pass added into the program's own weights, in place, where the method allows it."""
+        raise PassError(f"{self.name}: its parameters cannot be folded into the model's weights")
 
 
 @cache

@@ -1,0 +1,96 @@
+"""What PEFT methods share: making nodes that carry gradients, putting one in another's place, peft's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from autopar.ir.adapters import Adapter, Saved
+from autopar.ir.edit import Layer, add_parameter
+from autopar.ir.initial import Initial
+from autopar.ir.program import Program
+from autopar.ir.shapes import infer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from autopar.ir.rewrite import Pass
+
+aten = torch.ops.aten
+
+
+class Maker:
+    """Makes nodes with values where the graph inserts; they belong to the module ``path``."""
+
+    def __init__(self, graph: fx.Graph, path: str) -> None:
+        self.graph, self.path = graph, path
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {"path": self.path, "requires_grad": True}
+        return infer(node)
+
+
+@contextmanager
+def replacing(graph: fx.Graph, node: fx.Node, path: str) -> Iterator[tuple[Maker, list[fx.Node]]]:
+    """Make nodes right behind ``node``; the last one put into the list takes its place with all who read it so far."""
+    readers, made = list(node.users), []
+    with graph.inserting_before(node.next):
+        yield Maker(graph, path), made
+    for reader in readers:
+        reader.replace_input_with(node, made[-1])
+
+
+def beside(
+    program: Program, layer: Layer, name: str, shape: tuple[int, ...], initial: Initial | Callable[[str], Initial]
+) -> fx.Node:
+    """A new parameter of a layer, in the dtype of its weight; ``initial`` may be made of the instance's path."""
+    dtype = layer.view.weight.meta["val"].dtype
+    return add_parameter(program, layer.graph, f"{layer.path}.{name}", shape, dtype, initial)
+
+
+def record(
+    program: Program,
+    method: Pass,
+    peft_type: str,
+    config: dict[str, Any],
+    tensors: dict[str, Saved],
+    decisive: Iterable[str],
+) -> None:
+    """Tell the program what it now trains, and how peft writes that down."""
+    common = {
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM" if {"input_ids", "labels"} <= program.inputs.keys() else None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+    options = method.model_dump(mode="json")
+    program.adapters.append(
+        Adapter(
+            method=method.name,
+            options=options,
+            config={**common, **config},
+            decisive=tuple(decisive),
+            tensors=tensors,
+        )
+    )
+
+
+def turned(layer: Layer) -> bool:
+    """Whether a layer's weight is stored (in, out), as transformers' Conv1D does."""
+    return layer.view.weight.op == "call_function" and layer.view.weight.target in (
+        aten.t.default,
+        aten.transpose.int,
+        aten.numpy_T.default,
+        aten.permute.default,
+    )
+
+
+def widths(layer: Layer) -> tuple[int, int]:
+    """In and out of a linear layer."""
+    out, into = (int(s) for s in layer.view.weight.meta["val"].shape)
+    return into, out
