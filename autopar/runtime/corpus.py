@@ -120,8 +120,7 @@ def _tokenizer(data: Data, base: Path, target: Path) -> tuple[Tokenizer, int | N
             else target.with_name(f"{target.name}-tokenizer") / f"tokenizer{suffix(asked)}"
         )
         if not path.exists():
-            texts = ("".join(t for t, _ in d) for d in documents(data, base, None, Broken()))
-            train(asked, texts, path)
+            train(asked, lambda: ("".join(t for t, _ in d) for d in documents(data, base, None, Broken())), path)
         tokenizer = tokenizer_of(str(path))
         return tokenizer, special_id(tokenizer, data.end or asked.end, "data.end")
     tokenizer = tokenizer_of(asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from autopar.errors import AutoparError
 from autopar.spec.data import NewTokenizer
 
-UNKNOWN = {"bpe": "<unk>", "wordpiece": "[UNK]", "unigram": "<unk>"}  # byte_bpe knows every byte
+UNKNOWN = {"bpe": "<unk>", "wordpiece": "[UNK]"}  # the others fall back to bytes
 LONGEST = 100_000  # bytes of a piece of text that SentencePiece learns from; it leaves longer ones out by itself
 
 
@@ -21,14 +22,23 @@ def suffix(new: NewTokenizer) -> str:
     return ".model" if new.train.startswith("sentencepiece") else ".json"
 
 
-def train(new: NewTokenizer, texts: Iterator[str], target: Path) -> None:
-    """Learn from ``texts`` and write ``target`` (its end-of-document token in ``tokenizer_config.json`` beside it).
+Texts = Callable[[], Iterator[str]]
+
+
+def train(new: NewTokenizer, texts: Texts, target: Path) -> None:
+    """Learn from what ``texts()`` gives, every time the same, and write ``target`` and, beside it, which token ends a document.
 
     Raises AutoparError where the text is too little for the vocabulary, or a library is missing.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = _sentencepiece(new, texts) if suffix(new) == ".model" else _fast(new, texts)
+        made = (
+            _sentencepiece(new, texts)
+            if suffix(new) == ".model"
+            else _unigram(new, texts)
+            if new.train == "unigram"
+            else _fast(new, texts)
+        )
     except ImportError as error:
         message = f"data.tokenizer: training needs the package {error.name}; pip install 'autopar[hf]' brings it"
         raise AutoparError(message) from None
@@ -44,20 +54,33 @@ def _special(new: NewTokenizer) -> list[str]:
     return list(dict.fromkeys([*unknown, new.end, *new.special]))
 
 
-def _fast(new: NewTokenizer, texts: Iterator[str]) -> bytes:
+def _fast(new: NewTokenizer, texts: Texts) -> bytes:
     from tokenizers import normalizers
 
-    model, trainer = {"bpe": _bpe, "byte_bpe": _byte_bpe, "wordpiece": _wordpiece, "unigram": _unigram}[new.train](new)
+    inner = _continuations(new, texts()) if new.train == "wordpiece" else []
+    model, trainer = {"bpe": _bpe, "byte_bpe": _byte_bpe, "wordpiece": _wordpiece}[new.train](new, inner)
     if new.lowercase:
         model.normalizer = normalizers.Lowercase()
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator(texts(), trainer)
     if model.get_vocab_size() > new.vocab:
         held = model.get_vocab_size()
         raise AutoparError(f"data.tokenizer: vocab: {new.vocab} is less than the {held} characters and special tokens")
-    return model.to_str().encode()
+    made = json.loads(model.to_str())
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in set(inner)]
+    return json.dumps(made, ensure_ascii=False).encode()
 
 
-def _bpe(new: NewTokenizer) -> tuple[Any, Any]:
+def _continuations(new: NewTokenizer, texts: Iterator[str]) -> list[str]:
+    """``##x`` for the characters inside words.
+
+    The trainer of `tokenizers` numbers them in the order of a hash map, another one in every process, which decides
+    between merges that are equally frequent; given as special tokens they have an order.
+    """
+    found = {c for text in texts for c in (text.lower() if new.lowercase else text)}
+    return [f"##{c}" for c in sorted(found) if c.isalnum() or unicodedata.category(c)[0] == "M"]
+
+
+def _bpe(new: NewTokenizer, inner: list[str]) -> tuple[Any, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE(unk_token=UNKNOWN["bpe"]))
@@ -66,7 +89,7 @@ def _bpe(new: NewTokenizer) -> tuple[Any, Any]:
     return made, trainers.BpeTrainer(vocab_size=new.vocab, special_tokens=_special(new), show_progress=False)  # type: ignore[call-arg]
 
 
-def _byte_bpe(new: NewTokenizer) -> tuple[Any, Any]:
+def _byte_bpe(new: NewTokenizer, inner: list[str]) -> tuple[Any, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -78,32 +101,39 @@ def _byte_bpe(new: NewTokenizer) -> tuple[Any, Any]:
     )  # type: ignore[call-arg]
 
 
-def _wordpiece(new: NewTokenizer) -> tuple[Any, Any]:
+def _wordpiece(new: NewTokenizer, inner: list[str]) -> tuple[Any, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.WordPiece(unk_token=UNKNOWN["wordpiece"]))  # type: ignore[call-arg]
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
-    return made, trainers.WordPieceTrainer(vocab_size=new.vocab, special_tokens=_special(new), show_progress=False)
-
-
-def _unigram(new: NewTokenizer) -> tuple[Any, Any]:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.Unigram())
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
-    special, unknown = _special(new), UNKNOWN["unigram"]
-    return made, trainers.UnigramTrainer(
-        vocab_size=new.vocab, special_tokens=special, unk_token=unknown, show_progress=False
+    return made, trainers.WordPieceTrainer(
+        vocab_size=new.vocab, special_tokens=[*_special(new), *inner], show_progress=False
     )
 
 
-def _sentencepiece(new: NewTokenizer, texts: Iterator[str]) -> bytes:
+def _unigram(new: NewTokenizer, texts: Texts) -> bytes:
+    """SentencePiece's vocabulary and scores as a tokenizer.json: the trainer of `tokenizers` sums in the order of a hash
+    map, so that it never makes the same vocabulary twice."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    learned = SentencePieceProcessor(model_proto=_sentencepiece(new, texts))
+    scored = [(learned.id_to_piece(i), learned.get_score(i)) for i in range(learned.vocab_size())]
+    made = Tokenizer(models.Unigram(scored, learned.unk_id(), byte_fallback=True))
+    lower = [normalizers.NFKC(), normalizers.Lowercase()] if new.lowercase else []
+    made.normalizer = normalizers.Sequence([*lower, normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    blanks = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(blanks)
+    made.add_special_tokens([new.end, *new.special])
+    return made.to_str().encode()
+
+
+def _sentencepiece(new: NewTokenizer, texts: Texts) -> bytes:
     import sentencepiece
 
     made = io.BytesIO()
-    lines = (line for text in texts for line in text.splitlines(keepends=False) if line.strip())
+    lines = (line for text in texts() for line in text.splitlines(keepends=False) if line.strip())
     options: dict[str, Any] = {"byte_fallback": True, "character_coverage": 0.9995, "minloglevel": 2}
     options |= {"normalization_rule_name": "nmt_nfkc_cf"} if new.lowercase else {"normalization_rule_name": "identity"}
     options |= {"remove_extra_whitespaces": False, "max_sentence_length": LONGEST, "eos_piece": new.end}
