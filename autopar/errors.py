@@ -22,6 +22,10 @@ class PassError(AutoparError):
     """A pass that is unknown, or whose options or targets do not fit the program."""
 
 
+class KernelError(AutoparError):
+    """A kernel called with operands it does not take: which, and what it takes."""
+
+
 class PlanError(AutoparError):
     """A plan that is impossible under the pins, or that does not belong to the program at hand."""
 

@@ -1,0 +1,1 @@
+"""The Triton kernels. Nothing here is imported before a kernel is launched."""
