@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -44,22 +45,29 @@ class Outcome:
     timeline: Timeline
 
 
-def settle(cutter: Cutter, spans: list[tuple[int, int]], best: float = float("inf")) -> Outcome | None:
-    """The outcome of stages cut at ``spans``; None if a device cannot hold its stages, or takes ``best`` seconds already."""
+Refusal = Literal["slow", "full"]
+"""A device takes longer than what is known already, or cannot hold its stages."""
+
+
+def settle(cutter: Cutter, spans: list[tuple[int, int]], best: float = float("inf")) -> Outcome | Refusal:
+    """The outcome of stages cut at ``spans``, or why there is none worth having: ``best`` seconds are reached already."""
     modes: list[tuple[int, ...]] = [()] * len(spans)
     owners: list[Device] = []
-    ahead, m = 0.0, cutter.candidate.microbatches
-    for d in range(cutter.candidate.mesh.pp):
+    m = cutter.candidate.microbatches
+    for d in reversed(range(cutter.candidate.mesh.pp)):  # the last waits longest for its first micro-batch
+        ahead = sum(float(cutter.over("forward", at) + cutter.over("backward", at)) for at in spans[:d])
         device = Device(cutter, spans, list(range(d, len(spans), cutter.candidate.mesh.pp)))
+        once = sum(device.once())
+        each = sum(float(c.forward) + float(c.backward) for c in device.cells)
+        if ahead + m * each + once >= best:
+            return "slow"
         chosen = device.least()
         if chosen is None:
-            return None
-        each = sum(float(c.forward) + float(c.backward) for c in device.cells)
+            return "full"
         again = float(device.seconds[chosen, np.arange(len(chosen))].sum())
-        if ahead + m * (each + again) + sum(device.once()) >= best:
-            return None
-        ahead += float(device.cells[0].forward) + float(device.cells[0].backward)
-        owners.append(device)
+        if ahead + m * (each + again) + once >= best:
+            return "slow"
+        owners.insert(0, device)
         for s in device.stages:
             modes[s] = tuple(int(m) for m in chosen[device.stage_of == s])
     return outcome(cutter, spans, modes, owners)

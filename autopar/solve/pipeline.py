@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from autopar.cluster import Cluster
+from autopar.cluster import AxisLink, Cluster
 from autopar.cost import collective
 from autopar.cost.compute import moving
 from autopar.cost.memory import Sharding, optimizer_bytes
@@ -99,12 +100,12 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     backward = row(lambda r: r.backward_input + r.backward_weight + r.backward_talk)
     talk = row(lambda r: r.forward_talk + r.backward_talk)
     trained, frozen = np.array([h.trained for h in holds], float), np.array([h.frozen for h in holds], float)
-    gather = line(lambda x: collective.gather(x, link), p.compute.itemsize * (trained + frozen))
-    reduce = (1 if zero else 2) * line(lambda x: collective.gather(x, link), p.reduce.itemsize * trained)
+    gather = travel(collective.gather, link, p.compute.itemsize * (trained + frozen))
+    reduce = travel(collective.gather, link, p.reduce.itemsize * trained)
     if zero == 3 and dp > 1:
-        extra_f, extra_b = np.maximum(0, gather - forward), np.maximum(0, gather + reduce - backward)
+        extra_f, extra_b = collective.behind(gather, forward), collective.behind(gather + reduce, backward)
     elif zero == 2 and dp > 1:
-        extra_f, extra_b = np.zeros(n), np.maximum(0, reduce - backward)
+        extra_f, extra_b = np.zeros(n), collective.behind(reduce, backward)
     else:
         extra_f, extra_b = np.zeros(n), np.zeros(n)
     working = np.array(
@@ -136,16 +137,28 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     )
 
 
-def line(function: Callable[[float], float], values: Array | float) -> Array:
-    """A function that is a latency plus bytes over a bandwidth (zero for no bytes), for every entry."""
-    array = np.asarray(values, float)
-    rest, slope = function(1e-9), (function(1e12) - function(1e-9)) / 1e12
-    return np.where(array > 0, rest + slope * array, 0.0)
+def travel(collective: Callable[[float, AxisLink], float], link: AxisLink, sizes: Array | float) -> Array:
+    """Seconds of a collective on each of ``sizes`` (bytes); none for no bytes."""
+    (rest, slope), (more, less) = lines(collective, link)
+    array = np.asarray(sizes, float)
+    return np.where(array > 0, np.minimum(rest + slope * array, more + less * array), 0.0)
+
+
+@lru_cache(maxsize=4096)
+def lines(collective: Callable[[float, AxisLink], float], link: AxisLink) -> tuple[tuple[float, float], ...]:
+    """A collective is a latency plus bytes over a bandwidth, or the lesser of two such: those for short and long messages."""
+    found = []
+    for a, b in ((0.0, 1e3), (1e15, 2e15)):
+        slope = (collective(b, link) - collective(a, link)) / (b - a)
+        found.append((max(0.0, collective(a, link) - slope * a), slope))
+    return tuple(found)
 
 
 def along(function: Callable[[float], float], values: Array | float) -> Array:
     """Any function for every entry; equal entries are computed once."""
     array = np.asarray(values, float)
+    if not array.ndim:
+        return np.float64(function(float(array)))  # type: ignore[return-value]
     distinct, back = np.unique(array, return_inverse=True)
     return np.array([function(float(b)) for b in distinct])[back].reshape(array.shape)
 
@@ -168,21 +181,21 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     def reduced(elements: Array) -> Array:
         size = p.reduce.itemsize * elements
         if zero == 0:
-            return 2 * line(lambda b: collective.gather(b, dp), size)
-        inside = line(lambda b: collective.gather(b, within), size) if zero == 1 else 0.0
-        return inside + 2 * line(lambda b: collective.gather(b, across), size / mesh.dp_shard)
+            return travel(collective.all_reduce, dp, size)
+        inside = travel(collective.gather, within, size) if zero == 1 else 0.0
+        return inside + travel(collective.all_reduce, across, size / mesh.dp_shard)
 
     if mesh.dp > 1 and (zero <= 1 or mesh.dp_replicate > 1):
         whole = reduced(stage.trained)
         hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
-        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), whole - hidden)
+        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), collective.behind(whole, hidden))
     if mesh.dp > 1 and zero in (1, 2):
-        fetch = line(lambda b: collective.gather(b, within), p.compute.itemsize * stage.all)
-        first = line(lambda b: collective.gather(b, within), p.compute.itemsize * stage.largest)
-        exposed = exposed + np.maximum(np.minimum(fetch, first), fetch - stage.forward)
+        fetch = travel(collective.gather, within, p.compute.itemsize * stage.all)
+        first = travel(collective.gather, within, p.compute.itemsize * stage.largest)
+        exposed = exposed + np.maximum(np.minimum(fetch, first), collective.behind(fetch, stage.forward))
     if mesh.tp > 1:
         size = p.gradients.itemsize * stage.partial / sharding.split
-        exposed = exposed + line(lambda b: 2 * collective.gather(b, tp), size)
+        exposed = exposed + travel(collective.all_reduce, tp, size)
     return exposed, along(
         lambda b: moving(setting.cluster.device, b), optimizer_bytes(sharding, stage.trained, setting.clip)
     )

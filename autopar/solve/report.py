@@ -144,7 +144,7 @@ def runners_up(search: Search) -> tuple[RunnerUp, ...]:
     found: dict[tuple, Outcome] = {}
     for o in sorted(search.others, key=lambda o: o.seconds):
         c = o.candidate
-        found.setdefault((c.mesh, c.zero, c.microbatch, c.schedule), o)
+        found.setdefault((tuple(c.mesh.degrees.values()), c.zero, c.microbatch, c.schedule), o)
     return tuple(
         RunnerUp(
             summary=summary(o),

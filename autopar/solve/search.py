@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autopar.cluster import Cluster
 from autopar.errors import InfeasibleError, PlanError
@@ -27,7 +27,8 @@ COMPARING = 0.3  # seconds spent on what the nearest other meshes would have cos
 
 @dataclass
 class Search:
-    """The state of one search."""
+    """The state of one search. ``full``: how many replicas of a state are known to be too many, where all else is alike
+    (states that more devices share take less memory)."""
 
     source: Source
     setting: Setting
@@ -36,6 +37,7 @@ class Search:
     seen: int = 0
     bound: float = float("inf")
     stopped: bool = False
+    full: dict[Candidate, int] = field(default_factory=dict)
 
     def run(self, found: list[tuple[float, Candidate]], until: float) -> None:
         """Candidates in the order of their lower bounds, each bound sharpened when it is the least; once the least is above
@@ -61,13 +63,18 @@ class Search:
 
     def look(self, candidate: Candidate) -> None:
         """Cut, and if that promises to be better than the best so far, run the schedule."""
+        alike = replace(candidate, mesh=candidate.mesh.model_copy(update={"dp_replicate": 1}))
+        if candidate.mesh.dp_replicate >= self.full.get(alike, candidate.mesh.dp + 1):
+            return
         cutter = Cutter(self.source.blocks(candidate), candidate, self.setting)
         value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
         limit = float("inf") if self.best is None else self.best.seconds
-        if not spans or PROMISE * value >= limit * (1 - CLOSE):
+        if spans and PROMISE * value >= limit * (1 - CLOSE):
             return
-        made = settle(cutter, spans, limit)
-        if made is None:
+        made = settle(cutter, spans, limit) if spans else "full"
+        if made == "full" and (candidate.virtual > 1 or not spans):
+            self.full[alike] = candidate.mesh.dp_replicate
+        if isinstance(made, str):
             return
         if self.best is None or made.seconds < self.best.seconds * (1 - 1e-12):
             if self.best is not None:
@@ -87,8 +94,8 @@ class Search:
                 continue
             cutter = Cutter(self.source.blocks(candidate), candidate, self.setting)
             spans = cutter.cut()[1] if candidate.virtual == 1 else self.source.even(candidate)[1]
-            made = settle(cutter, spans, float("inf")) if spans else None
-            if made is not None:
+            made = settle(cutter, spans) if spans else "full"
+            if isinstance(made, Outcome):
                 looked.add((candidate.mesh, candidate.zero))
                 self.others.append(made)
 

@@ -22,7 +22,7 @@ from autopar.cost.memory import Sharding, States, states
 from autopar.cost.regions import RECOMPUTE, Region
 from autopar.cost.timeline import in_flight, stage_counts
 from autopar.solve.blocks import BEFORE
-from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, line, once_a_step
+from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, once_a_step, travel
 
 SINGLE = 0.5  # weight of the longest stage where a single micro-batch would leave the cuts open
 At = tuple[int, int] | None
@@ -177,12 +177,10 @@ class Cutter:
         p, zero = self.setting.precision, self.candidate.zero
         if self.candidate.mesh.dp == 1 or zero < 2:
             return np.zeros_like(root), np.zeros_like(root)
-        reduce = line(
-            lambda x: collective.gather(x, self.within), p.reduce.itemsize * (root_trained + largest * (unit > 0))
-        )
+        reduce = travel(collective.gather, self.within, p.reduce.itemsize * (root_trained + largest * (unit > 0)))
         if zero == 2:
             return np.zeros_like(root), reduce
-        gather = line(lambda x: collective.gather(x, self.within), p.compute.itemsize * (root + unit))
+        gather = travel(collective.gather, self.within, p.compute.itemsize * (root + unit))
         return gather, gather + reduce
 
     # ---------------------------------------------------------------- memory
