@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,9 +103,13 @@ def opened(kind: str, folder: Path, attention: str | None = None) -> nn.Module:
     """The adapter folder as `PeftModel.from_pretrained` opens it on the same model."""
     from peft import PeftModel
 
-    model = copy.deepcopy(model_of(kind, attention))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    prompt = "num_virtual_tokens" in config  # peft opens these for inference only
     with float64():
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True).double().train()
+        made = PeftModel.from_pretrained(copy.deepcopy(model_of(kind, attention)), str(folder), is_trainable=not prompt)
+        for parameter in made.prompt_encoder.parameters() if prompt else ():
+            parameter.requires_grad_(True)
+        return made.double().train()
 
 
 def theirs(peft: nn.Module, batch: dict[str, torch.Tensor] | None = None) -> Result:
