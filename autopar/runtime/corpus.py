@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -84,10 +85,11 @@ def prepare(data: Data, base: Path, target: Path) -> None:
         broken = Broken()
         tokenizer, end = _tokenizer(data, base, target)
         special = {token: special_id(tokenizer, token, key) for token, key in _special(data).items()}
-        writer = _Writer(partial, tokenizer, end, flags=data.prompt is not None or data.chat is not None)
-        for group in _grouped(documents(data, base, tokenizer, broken)):
-            writer.add(group)
-        writer.close(special, broken)
+        flags = data.prompt is not None or data.chat is not None
+        with _Writer(partial, tokenizer, end, flags=flags) as writer:
+            for group in _grouped(documents(data, base, tokenizer, broken)):
+                writer.add(group)
+        writer.facts(special, broken)
         try:
             os.replace(partial, target)
         except OSError:
@@ -148,8 +150,9 @@ class _Writer:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, end: int | None, *, flags: bool):
         self.folder, self.tokenizer, self.end = folder, tokenizer, end
-        self.ids, self.starts = open(folder / "ids.bin", "wb"), open(folder / "starts.bin", "wb")  # noqa: SIM115
-        self.flags = open(folder / "learned.bin", "wb") if flags else None  # noqa: SIM115
+        self.files = contextlib.ExitStack()
+        self.ids, self.starts = self._file("ids.bin"), self._file("starts.bin")
+        self.flags = self._file("learned.bin") if flags else None
         self.digest = hashlib.sha256()
         self.count = self.made = 0
         self.highest = -1
@@ -193,11 +196,21 @@ class _Writer:
         file.write(raw)
         self.digest.update(raw)
 
-    def close(self, special: dict[str, int], broken: Broken) -> None:
-        for file in filter(None, (self.ids, self.starts, self.flags)):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+    def _file(self, name: str) -> IO[bytes]:
+        return self.files.enter_context(open(self.folder / name, "wb"))
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Close the files; all that was written is on the disk before they get their name."""
+        with self.files:
+            for file in filter(None, (self.ids, self.starts, self.flags)):
+                file.flush()
+                os.fsync(file.fileno())
+
+    def facts(self, special: dict[str, int], broken: Broken) -> None:
+        """Write what is known of the whole."""
         highest = max([self.highest, *special.values()])
         digest = self.digest.hexdigest()
         facts = Facts(self.count, self.made, highest, special, broken.count, broken.messages, digest)
