@@ -14,7 +14,7 @@ ALLOWED = {  # part → parts it builds on; what those build on is allowed too
     "ir": {"spec"},
     "kernels": {"errors"},
     "models": {"spec", "kernels"},
-    "sharding": {"ir", "cluster"},
+    "sharding": {"ir", "cluster", "kernels"},
     "cost": {"sharding", "ir", "cluster"},
     "plan": {"cost", "sharding", "cluster"},
     "solve": {"plan"},

@@ -84,7 +84,7 @@ def seconds(done: Work, device: Device) -> Seconds:
     """The time of a call's forward and backward."""
     name, sides = str(done.dtype).removeprefix("torch."), [0.0, 0.0, 0.0]
     for call in done.calls:
-        sides[call.side] += kernel(device, call, name)
+        sides[call.side] += kernel(device, call, call.dtype or name)
     return Seconds(*sides)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -40,13 +40,15 @@ PARTS = frozenset(["split", "split_with_sizes", "chunk", "unbind", "unsafe_split
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel. ``kind``: matmul, attention or vector (bound by memory)."""
+    """One kernel. ``kind``: matmul, attention or vector (bound by memory). ``dtype``: where it computes in another than
+    its operator."""
 
     side: int
     kind: str
     flops: float = 0.0
     bytes: float = 0.0
     product: Product | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def work(
     node: fx.Node, inputs: tuple[Placement, ...], outputs: tuple[Placement, ...], degree: int, precision: Precision
 ) -> Work:
     """What one device does for a node under these placements."""
-    if node.op != "call_function" or not tensors(node) or skipped_dropout(node):
+    if node.op != "call_function" or not tensors(node) or skipped_dropout(node) or copies_parameter(node):
         return NOTHING
     given, made = local_shapes(node, inputs, outputs, degree)
     sizes = [numel(s) * precision.itemsize(tensor(v).dtype) for s, v in zip(given, reads(node), strict=True)]
@@ -105,6 +107,11 @@ def work(
     if is_attention(node):
         return Work(attention_calls(call), dtype)
     return Work(product_calls(call) if is_product(node) else vector_calls(call), dtype)
+
+
+def copies_parameter(node: fx.Node) -> bool:
+    """A cast of a parameter: what it takes depends on how parameters are sharded (`memory.handled_bytes`)."""
+    return op_name(node) == "to" and parameter((node, 0)) is not None
 
 
 # ------------------------------------------------------------------ products
@@ -137,6 +144,9 @@ def product_calls(call: Local) -> tuple[Call, ...]:
     for i, position in enumerate(PRODUCTS[name]):
         if position < len(wanted) and flows(wanted[position]):
             found.append(Call(side_of(wanted[position]), "matmul", flops, call.moved, turned(shape, i)))
+    if name == "fp8_linear":  # both factors are rounded before a product; the gradient of the weights stays as it is
+        found = [c if c.side == WEIGHTS else replace(c, dtype="float8") for c in found]
+        found += [Call(c.side, "vector", 0.0, call.moved) for c in found if c.dtype]
     for position, v in enumerate(wanted):
         if position not in PRODUCTS[name] and flows(v):
             found.append(Call(side_of(v), "vector", 0.0, call.result))
@@ -150,7 +160,7 @@ def product_shape(call: Local) -> Product | None:
         return None
     a, b = (call.given[i] for i in PRODUCTS[name])
     depth = a[-1]
-    if name == "linear":
+    if name in ("linear", "fp8_linear"):
         return 1, numel(a) // max(depth, 1), numel(b) // max(depth, 1), depth
     if len(b) < 2 or len(made) < 2:
         return 1, numel(made), 1, depth

@@ -42,6 +42,8 @@ def rule_of(node: fx.Node) -> Rule:
     if not isinstance(target, torch._ops.OpOverload):
         return unknown
     name = target._schema.name.split("::")[-1].strip("_")
+    if target._schema.name == "autopar::glu":
+        return pointwise  # aten's of that name halves one operand
     if name in RULES:
         return RULES[name]
     return pointwise if torch.Tag.pointwise in target.tags else unknown
@@ -220,9 +222,43 @@ def batch_norm(call: Call) -> Value:
 def trailing_norm(call: Call) -> Value:
     """Layer and RMS norms over the last dims."""
     source, value = call.rows(merged=True)[0]
-    if value.dim >= len(call.shape(source)) - len(call.named("normalized_shape")):
+    if value.dim >= len(call.shape(source)) - len(call.named("normalized_shape", (None,))):
         raise Mixing("normalizes over the batch")
     return call.kept(value.dim, value.outer)
+
+
+def norm_of_sum(call: Call) -> tuple[Value, Value]:
+    """The norm of a sum over the last dim, and that sum."""
+    rows = call.rows(merged=True)
+    rank = len(call.shape(rows[0][0]))
+    if any(n not in call.node.args[:2] or v.dim == rank - 1 for n, v in rows):
+        raise Mixing("normalizes over the batch")
+    both = aligned(call, rows, rank)
+    return both, both
+
+
+def rotary(call: Call) -> Value:
+    """Heads of one sequence; tables may be its own."""
+    rows = call.rows()
+    if any(v.dim == 3 for _, v in rows):
+        raise Mixing("turns over the batch")
+    return aligned(call, rows, 4)
+
+
+def flash_attention(call: Call) -> tuple[Value, Value]:
+    """Attention of one sequence, and its log-sum-exps."""
+    rows = call.rows()
+    if any(v.dim != 0 for _, v in rows) or call.named("query_starts") is not None:
+        raise Mixing("attends over the batch")
+    return call.kept(0), call.kept(0)
+
+
+def linear_loss(call: Call) -> Value:
+    """A sum over rows."""
+    rows = call.rows()
+    if any(v.dim != 0 or n not in (call.node.args[0], call.node.args[2]) for n, v in rows):
+        raise Mixing("sequences are not in the first dim")
+    return Value("total")
 
 
 RULES: dict[str, Rule] = {
@@ -242,6 +278,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"), loss),
     **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits", "soft_margin_loss"), loss),
     "linear": linear,
+    "fp8_linear": linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "baddbmm"), matmul),
     "addmm": addmm,
     "einsum": einsum,
@@ -255,6 +292,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "pixel_unshuffle"), first_dim),
     "batch_norm": batch_norm,
     **dict.fromkeys(("layer_norm", "rms_norm", "fused_rms_norm"), trailing_norm),
+    **dict.fromkeys(("add_layer_norm", "add_rms_norm"), norm_of_sum),
+    "rotary": rotary,
+    "flash_attention": flash_attention,
+    "linear_cross_entropy": linear_loss,
     **dict.fromkeys(("view", "reshape", "unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), reshaped),
     **dict.fromkeys(("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim"), permuted),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expanded),

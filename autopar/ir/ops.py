@@ -85,6 +85,8 @@ def view(node: fx.Node) -> Linear | Embedding | Norm | Attention | None:
         return None
     if node.target is aten.linear.default:
         return Linear(node, argument(node, 0), argument(node, 1), argument(node, 2))
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "autopar::fp8_linear":
+        return Linear(node, argument(node, 0), argument(node, 1), argument(node, 2))
     if node.target is aten.embedding.default:
         return Embedding(node, argument(node, 0), argument(node, 1))
     if node.target is aten.layer_norm.default:

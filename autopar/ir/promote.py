@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 F = torch.nn.functional
-LOWER = (torch.float32, torch.float16, torch.bfloat16)
+LOWER = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 DROPOUTS = {F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, torch.dropout}
 CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 

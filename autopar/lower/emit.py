@@ -169,6 +169,8 @@ class StageWriter:
         functions = sorted(set().union(*[b.functions for b in self.bodies]))
         if functions:
             lines += ["", f"from collectives import {', '.join(functions)}"]
+        if any("kernels." in line for b in self.bodies for line in b.lines):
+            lines += ["", "from autopar import kernels"]
         for module, cls in sorted(set().union(*[b.classes for b in self.bodies])):
             lines.append(f"from {module} import {cls}")
         if any("aten." in line for b in self.bodies for line in b.lines):
@@ -629,6 +631,8 @@ def limit(node: fx.Node) -> int | None:
     for user in node.users:
         if user.target is aten.embedding.default and user.args[1] is node:
             return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+        if "linear_cross_entropy" in str(user.target) and user.args[2] is node:
+            return int(user.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
         if user.target is aten.cross_entropy_loss.default and user.args[1] is node:
             logits = user.args[0].meta["val"].shape  # type: ignore[union-attr]
             return int(logits[1] if len(logits) > 1 else logits[0])

@@ -94,6 +94,9 @@ def operator_text(node: fx.Node, target: torch._ops.OpOverload, say: Spell, devi
     return call_text(node, target, say, device)
 
 
+KERNELS = "autopar"  # the namespace of this project's own operators; a stage imports them as `kernels`
+
+
 def call_text(node: fx.Node, target: torch._ops.OpOverload, say: Spell, device: str) -> str:
     """``torch.cat([a, b], -1)`` or ``aten.amax.default(x, [1])``."""
     packet = target._schema.name.split("::")[-1]
@@ -103,6 +106,8 @@ def call_text(node: fx.Node, target: torch._ops.OpOverload, say: Spell, device: 
         for k, v in node.kwargs.items()
         if k not in ("pin_memory", "layout") or (k == "layout" and v not in (None, torch.strided))
     ]
+    if target.namespace == KERNELS:
+        return f"kernels.{packet}({', '.join(positional + keywords)})"
     name = f"torch.{packet}" if target.namespace == "aten" and packet in TORCH else str(target)
     return f"{name}({', '.join(positional + keywords)})"
 

@@ -29,3 +29,9 @@ def test_mixed_precision_with_lora_on_a_frozen_base_in_half_precision() -> None:
         {"mixed_precision": {"compute": "bfloat16", "frozen": "bfloat16"}},
     ]
     assert_equal(prove_source(source_of("llama"), dict(pp=2, dp=2, zero=2, microbatch=1), passes=passes))
+
+
+@pytest.mark.parametrize("pins", [dict(tp=2), dict(pp=2, dp=2, zero=3, microbatch=1)], ids=str)
+def test_fp8_layers_with_adapters_beside_them(pins: dict[str, Any]) -> None:
+    passes = [{"lora": {"rank": 4, "targets": ["query", "down"]}}, {"mixed_precision": {}}, {"fp8": {}}]
+    assert_equal(prove_source(source_of("llama"), pins, passes=passes))
