@@ -103,9 +103,9 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     gather = travel(collective.gather, link, p.compute.itemsize * (trained + frozen))
     reduce = travel(collective.gather, link, p.reduce.itemsize * trained)
     if zero == 3 and dp > 1:
-        extra_f, extra_b = collective.behind(gather, forward), collective.behind(gather + reduce, backward)
+        extra_f, extra_b = np.maximum(0, gather - forward), np.maximum(0, gather + reduce - backward)
     elif zero == 2 and dp > 1:
-        extra_f, extra_b = np.zeros(n), collective.behind(reduce, backward)
+        extra_f, extra_b = np.zeros(n), np.maximum(0, reduce - backward)
     else:
         extra_f, extra_b = np.zeros(n), np.zeros(n)
     working = np.array(
@@ -188,11 +188,11 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     if mesh.dp > 1 and (zero <= 1 or mesh.dp_replicate > 1):
         whole = reduced(stage.trained)
         hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
-        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), collective.behind(whole, hidden))
+        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), whole - hidden)
     if mesh.dp > 1 and zero in (1, 2):
         fetch = travel(collective.gather, within, p.compute.itemsize * stage.all)
         first = travel(collective.gather, within, p.compute.itemsize * stage.largest)
-        exposed = exposed + np.maximum(np.minimum(fetch, first), collective.behind(fetch, stage.forward))
+        exposed = exposed + np.maximum(np.minimum(fetch, first), fetch - stage.forward)
     if mesh.tp > 1:
         size = p.gradients.itemsize * stage.partial / sharding.split
         exposed = exposed + travel(collective.all_reduce, tp, size)
