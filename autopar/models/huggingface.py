@@ -34,7 +34,7 @@ def build_huggingface(
     options = {} if dtype is None else {"dtype": dtype}
     if config is None and not meta:
         return _pretrained(name, made, options)
-    with _explained(f"the config of '{name}'", config), torch.device("meta") if meta else contextlib.nullcontext():
+    with explained(f"the config of '{name}'", config), torch.device("meta") if meta else contextlib.nullcontext():
         return _model_class(made)._from_config(made, experts_implementation=EXPERTS, **options).train()
 
 
@@ -42,7 +42,7 @@ def read_config(name: str, config: Mapping[str, Any] | None) -> Any:
     """The PretrainedConfig of a type with its options, or of a local checkpoint."""
     auto = _transformers()
     if config is None:
-        with _explained(f"the checkpoint '{name}'", kind=CheckpointError):
+        with explained(f"the checkpoint '{name}'", kind=CheckpointError):
             folder, extra = _checkpoint(name)
             return auto.AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
     known = list(auto.CONFIG_MAPPING)
@@ -50,7 +50,7 @@ def read_config(name: str, config: Mapping[str, Any] | None) -> Any:
         near = suggestion(name, known)
         raise SpecError(f"model: transformers {auto.__version__} has no model type '{name}'{near}")
     _check_options(name, config, auto.CONFIG_MAPPING[name])
-    with _explained(f"the config of '{name}'", config):
+    with explained(f"the config of '{name}'", config):
         return auto.AutoConfig.for_model(name, **config)
 
 
@@ -66,7 +66,7 @@ def _check_options(name: str, config: Mapping[str, Any], kind: Any) -> None:
 def _pretrained(name: str, made: Any, options: dict[str, Any]) -> nn.Module:
     folder, extra = _checkpoint(name)
     options = {"experts_implementation": EXPERTS, **options}
-    with _explained(f"the checkpoint '{name}'", kind=CheckpointError):
+    with explained(f"the checkpoint '{name}'", kind=CheckpointError):
         kind = _model_class(made)
         if "gguf_file" in extra:
             return _read_gguf(kind._from_config(made, **options), str(Path(folder, extra["gguf_file"]))).train()
@@ -141,7 +141,7 @@ def _transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(
+def explained(
     what: str, options: Mapping[str, Any] | None = None, kind: type[AutoparError] = SpecError
 ) -> Iterator[None]:
     """Whatever transformers raises for a user's values, as one message with its own words; its log keeps quiet."""

@@ -98,7 +98,9 @@ class Experts(Spec):
     @model_validator(mode="after")
     def _chosen(self) -> Experts:
         if self.top > self.experts:
-            raise ValueError(f"chooses top: {self.top} of experts: {self.experts}; at most {self.experts} can be chosen")
+            raise ValueError(
+                f"chooses top: {self.top} of experts: {self.experts}; at most {self.experts} can be chosen"
+            )
         if self.shared_gate and not self.shared:
             raise ValueError("has a shared_gate, but no shared expert; give its inner size as shared")
         return self

@@ -43,7 +43,9 @@ class MixtureMLP(nn.Module):
         self.experts = ExpertWeights(spec, spec.moe.experts, inner, output_std)
         self.mixed = part("dispatch", spec.moe.dispatch)
         self.shared = gated.make(spec, spec.moe.shared, output_std) if spec.moe.shared else None
-        self.shared_gate = Linear(spec.hidden, 1, bias=False, std=spec.initializer.std) if spec.moe.shared_gate else None
+        self.shared_gate = (
+            Linear(spec.hidden, 1, bias=False, std=spec.initializer.std) if spec.moe.shared_gate else None
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         batch, length, size = hidden.shape
