@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -94,21 +95,22 @@ def padded(program: Program, place: fx.Node, extra: int, who: str) -> fx.Node:
         )
     value, graph = place.meta["val"], program.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    options = {"dtype": value.dtype, "device": torch.device("meta"), "pin_memory": False}
-    shape = [value.shape[0], extra, *value.shape[2:]]
-    with graph.inserting_after(last):
-        whole = graph.call_function(aten.cat.default, ([place, place], 1))
-    with graph.inserting_before(whole):
-        fill = infer_plain(graph.call_function(aten.full.default, (shape, FILL[name]), options))
-    whole.args = ([fill, place], 1)
-    return infer_plain(whole)
+    with graph.inserting_before(last.next):
+        fill = created(
+            graph, aten.full.default, [value.shape[0], extra, *value.shape[2:]], FILL[name], dtype=value.dtype
+        )
+        whole = graph.call_function(aten.cat.default, ([fill, place], 1))
+    whole.meta = {"path": "", "requires_grad": False}
+    return infer(whole)
 
 
-def infer_plain(node: fx.Node, path: str = "") -> fx.Node:
-    node.meta = {"path": path, "requires_grad": False}
-    if not any(n.meta["val"] is not None for n in node.all_input_nodes):
-        mode = next(n.meta["val"].fake_mode for n in node.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
-        with mode:
-            node.meta["val"] = torch.empty(node.args[0], dtype=node.kwargs["dtype"], device="meta")  # type: ignore
-        return node
-    return infer(node)
+def created(graph: fx.Graph, target: Any, *args: Any, dtype: torch.dtype) -> fx.Node:
+    """A call that makes a tensor of nothing but sizes, where ``graph`` inserts."""
+    options = {"dtype": dtype, "device": torch.device("meta"), "pin_memory": False}
+    node = graph.call_function(target, args, options)
+    node.meta = {"path": "", "requires_grad": False}
+    values = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
+    mode = next((m for v in values if (m := getattr(v, "fake_mode", None)) is not None), contextlib.nullcontext())
+    with mode, torch.no_grad():
+        node.meta["val"] = target(*args, **options)
+    return node

@@ -12,7 +12,7 @@ from torch import fx
 from autopar.ir.adapters import Adapter, Saved
 from autopar.ir.edit import Layer, add_parameter
 from autopar.ir.initial import Initial
-from autopar.ir.program import Program
+from autopar.ir.program import OUTER, Program
 from autopar.ir.shapes import infer
 
 if TYPE_CHECKING:
@@ -94,3 +94,23 @@ def widths(layer: Layer) -> tuple[int, int]:
     """In and out of a linear layer."""
     out, into = (int(s) for s in layer.view.weight.meta["val"].shape)
     return into, out
+
+
+def instances(program: Program, graph: str) -> list[fx.Node | None]:
+    """The calls of a block; of the outer graph one, which is no call."""
+    return [None] if graph == OUTER else [c for c in program.calls() if c.target == graph]
+
+
+def pass_in(program: Program, graph: str, value: fx.Node, called: str) -> fx.Node:
+    """An outer value where ``graph`` can read it: itself, or a new argument of all of a block's calls."""
+    if graph == OUTER:
+        return value
+    for call in instances(program, graph):
+        call.args = (*call.args, value)  # type: ignore[union-attr]
+    block = program.blocks[graph]
+    last = [n for n in block.nodes if n.op == "placeholder"][-1]
+    with block.inserting_after(last):
+        new = block.placeholder(called)
+    new.target = new.name  # the argument's name in generated code; fx makes only the node's a unique identifier
+    new.meta = {"kind": "input", "name": new.name, "path": "", "requires_grad": False, "val": value.meta["val"]}
+    return new
