@@ -13,7 +13,7 @@ from autopar.sharding.placement import Placement, local_shape
 Shape = tuple[int, ...]
 
 PRODUCTS = {  # operator → positions (among its tensor operands) of the two factors
-    "linear": (0, 1), "fp8_linear": (0, 1), "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1),
+    "linear": (0, 1), "fp8_linear": (0, 1), "linear_cross_entropy": (0, 1), "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1),
     "addmm": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2), "addmv": (1, 2), "einsum": (0, 1),
     "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1), "convolution": (0, 1),
     "conv_transpose1d": (0, 1), "conv_transpose2d": (0, 1), "conv_transpose3d": (0, 1), "bilinear": (0, 1),
@@ -121,6 +121,8 @@ def products(node: fx.Node, given: list[Shape], made: list[Shape]) -> float:
         q, k, v = given[:3]
         return 2.0 * numel(q[:-1]) * k[-2] * (q[-1] + v[-1])
     a, b = PRODUCTS[name]
+    if name == "linear_cross_entropy":
+        return 2.0 * numel(given[a]) * given[b][0]
     if name.startswith("conv"):
         return 2.0 * numel(made[0]) * numel(given[b][1:])
     if name == "einsum":
@@ -169,6 +171,12 @@ def kept_by(node: fx.Node) -> Kept:
     if is_attention(node):
         rows = numel(tuple(tensor(given[0]).shape[:-1]))
         return Kept(tuple(range(min(len(given), 4))), (0,), 4.0 * rows)
+    if name == "linear_cross_entropy":
+        return Kept((0, 2), (), 4.0 * tensor(given[0]).shape[0])  # each row's log-sum-exp; logits are made again
+    if name == "rotary":
+        return Kept((1, 2))
+    if name in ("add_rms_norm", "add_layer_norm"):
+        return Kept((), (1,))
     if name in PRODUCTS:
         a, b = PRODUCTS[name]
         pairs = [(a, b), (b, a)] if max(a, b) < len(given) else []

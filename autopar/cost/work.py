@@ -144,6 +144,8 @@ def product_calls(call: Local) -> tuple[Call, ...]:
     for i, position in enumerate(PRODUCTS[name]):
         if position < len(wanted) and flows(wanted[position]):
             found.append(Call(side_of(wanted[position]), "matmul", flops, call.moved, turned(shape, i)))
+    if name == "linear_cross_entropy" and len(found) > 1:
+        found.append(Call(INPUTS, "matmul", flops, call.moved, shape))  # the logits are made again
     if name == "fp8_linear":  # both factors are rounded before a product; the gradient of the weights stays as it is
         found = [c if c.side == WEIGHTS else replace(c, dtype="float8") for c in found]
         found += [Call(c.side, "vector", 0.0, call.moved) for c in found if c.dtype]
@@ -156,6 +158,8 @@ def product_calls(call: Local) -> tuple[Call, ...]:
 def product_shape(call: Local) -> Product | None:
     """(count, rows, columns, depth) of a product's forward; None where it is no plain matrix product."""
     name, made = op_name(call.node), call.made[0]
+    if name == "linear_cross_entropy":
+        return 1, call.given[0][0], call.given[1][0], call.given[0][1]
     if name.startswith("conv") or name in ("einsum", "bilinear") or not made:
         return None
     a, b = (call.given[i] for i in PRODUCTS[name])

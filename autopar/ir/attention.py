@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
-FUSED = {aten.scaled_dot_product_attention.default}
+FUSED = {"aten::scaled_dot_product_attention", "autopar::flash_attention"}
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 REACH = 12
@@ -30,13 +31,20 @@ def cores(graph: fx.Graph) -> list[Core]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in FUSED:
-            found.append(core([node], graph))
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in FUSED:
+            found.append(core([node, *mixture(node)], graph))
         elif node.target in SOFTMAX:
             first, last = before(node), after(node)
             if first is not None and last is not None:
                 found.append(core(between(first, last), graph))
     return found
+
+
+def mixture(fused: fx.Node) -> list[fx.Node]:
+    """What takes the mixture out of a fused call's results, where nothing else is taken."""
+    users = list(fused.users)
+    alone = len(users) == 1 and users[0].target is operator.getitem and users[0].args[1] == 0
+    return users if alone else []
 
 
 def before(softmax: fx.Node) -> fx.Node | None:

@@ -26,6 +26,7 @@ RESERVED = {
     "F",
     "aten",
     "checkpoint",
+    "kernels",
     "tp",
     "device",
 }

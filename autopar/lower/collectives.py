@@ -207,6 +207,46 @@ def vocabulary_cross_entropy(
     return total / (labels != ignore).sum() if reduction == "mean" else total
 
 
+class LogSumExp(torch.autograd.Function):
+    """log Σ exp over the ranks, entry by entry; the gradient is whole on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
+        top = x.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp)
+        total = (x - top).exp()
+        dist.all_reduce(total, group=tp)
+        out = total.log() + top
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        x, out = ctx.saved_tensors
+        return grad * (x - out).exp(), None
+
+
+def vocabulary_linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore: int,
+    softcap: float,
+    tp: ProcessGroup,
+) -> torch.Tensor:
+    """`kernels.linear_cross_entropy` with the classes split: two numbers a row are summed up, no rank makes all logits.
+
+    The gradient of ``x`` comes in parts.
+    """
+    from autopar import kernels
+
+    own = labels - tp.rank() * weight.shape[0]
+    lse, picked = kernels.linear_logsumexp(x, weight, own, bias, softcap)
+    losses = LogSumExp.apply(lse, tp) - all_reduce(picked, tp)
+    return losses.masked_fill(labels == ignore, 0.0).sum()
+
+
 @contextlib.contextmanager
 def split_rng(x: torch.Tensor, tp: ProcessGroup) -> Iterator[None]:
     """Other random numbers on every rank, for dropout on a tensor that is split; the ranks' common stream goes on.

@@ -278,6 +278,12 @@ def special_call(
             (args[0], args[1], reduction, bound["ignore_index"], dim, GROUP),
             {},
         )
+    if strategy.special == "vocab_linear_cross_entropy":
+        bound = arguments(node)
+        given = iter(n for n in (*args, *kwargs.values()) if isinstance(n, fx.Node))
+        tensors = [None if bound[n] is None else next(given) for n in ("x", "weight", "labels", "bias")]
+        options = (bound["ignore_index"], bound["softcap"], GROUP)
+        return collectives.vocabulary_linear_cross_entropy, (*tensors, *options), {}
     raise AssertionError(f"{node.name}: no emitted function for {strategy.special}")
 
 

@@ -72,7 +72,30 @@ def vocab_cross_entropy(node: fx.Node, shards: Shards, degree: int) -> Shards:
     return [[loss] for loss in losses]
 
 
+def vocab_linear_cross_entropy(node: fx.Node, shards: Shards, degree: int) -> Shards:
+    """As the emitted code does it: log-sum-exps and labels' logits over the classes of every device, summed up. On each
+    device gradients flow to its own."""
+    import autopar.kernels  # noqa: F401 (registers the operator)
+
+    bound = arguments(node)
+    parts = []
+    for rank in range(degree):
+        held = iter(each[rank] for each in shards)
+        x, weight, labels = next(held), next(held), next(held)
+        bias = None if bound["bias"] is None else next(held)
+        own = labels - rank * weight.shape[0]
+        parts.append(torch.ops.autopar.linear_logsumexp(x, weight, own, bias, bound["softcap"]))
+    kept = shards[2][0] != bound["ignore_index"]
+    losses = []
+    for rank in range(degree):
+        seen = [p if r == rank else tuple(t.detach() for t in p) for r, p in enumerate(parts)]
+        lse = torch.logsumexp(torch.stack([p[0] for p in seen]), 0)
+        losses.append([((lse - sum(p[1] for p in seen)) * kept).sum()])
+    return losses
+
+
 SPECIAL: dict[str, Callable[[fx.Node, Shards, int], Shards]] = {
     "vocab_embedding": vocab_embedding,
     "vocab_cross_entropy": vocab_cross_entropy,
+    "vocab_linear_cross_entropy": vocab_linear_cross_entropy,
 }

@@ -1,0 +1,1 @@
+"""Passes that put one kernel in the place of several operators."""
