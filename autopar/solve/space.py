@@ -96,7 +96,7 @@ def replicas(mesh: MeshShape, per_host: int, pins: Pins) -> list[int]:
         return [pins.dp_replicate or mesh.dp // (pins.dp_shard or 1)]
     inner = mesh.tp * mesh.cp
     if mesh.dp * inner <= per_host:
-        return [1, mesh.dp]
+        return sorted({1, mesh.dp})
     fits = [s for s in divisors(mesh.dp) if per_host % (inner * s) == 0 or inner * s % per_host == 0]
     return [mesh.dp // s for s in sorted({1, *fits, mesh.dp}, reverse=True)]
 

@@ -105,7 +105,7 @@ class Pins(Spec):
     @model_validator(mode="after")
     def _divides_something(self) -> Pins:
         shard = self.dp_shard or (self.dp // self.dp_replicate if self.dp and self.dp_replicate else None)
-        if self.zero == 0 and self.dp_replicate != self.dp and shard is not None and shard > 1:
+        if self.zero == 0 and shard is not None and shard > 1:
             raise ValueError(f"zero 0 divides nothing; dp_shard {shard} goes with zero 1, 2 or 3")
         if self.zero and shard == 1 and (self.dp or 1) > 1:
             raise ValueError(f"dp_shard 1 divides nothing, which is zero 0, not zero {self.zero}")

@@ -33,10 +33,11 @@ def tight(gib: float, devices: int = 8, hosts: int = 1) -> Cluster:
 
 
 @pytest.mark.parametrize("gib", [80.0, 1.2, 0.8])
-@pytest.mark.parametrize("devices", [2, 4])
-def test_the_search_finds_what_trying_everything_finds(devices: int, gib: float) -> None:
-    """Every mesh, ZeRO stage, micro-batch, schedule, cut, and number of blocks recomputed either way on each stage."""
-    program, machine = gpt(layers=3), tight(gib, devices)
+@pytest.mark.parametrize(("devices", "hosts"), [(2, 1), (4, 1), (2, 2)])
+def test_the_search_finds_what_trying_everything_finds(devices: int, hosts: int, gib: float) -> None:
+    """Every mesh, ZeRO stage and number of replicas of its states, micro-batch, schedule, cut, and number of blocks
+    recomputed either way on each stage."""
+    program, machine = gpt(layers=3), tight(gib, devices, hosts)
     asked = job(sequences=8)
     source, setting, batch = prepared(program, machine, asked)
     best = float("inf")
