@@ -81,9 +81,17 @@ class Executable:
         if program.initial:
             save_file(self.added(), folder / ADDED)
             found.append({"files": ADDED})
+        if origin.weights is not None:
+            from autopar.models.checkpoint import read_checkpoint
+
+            tensors = {n: p.detach() for n, p in read_checkpoint(origin.weights).named_parameters()}  # tied: once
+            save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
+            return [*found, {"files": WEIGHTS}, {"seed": self.job.train.seed, "buffers_only": True}]
         if origin.hf is not None and origin.config is None:
+            from autopar.models.huggingface import spelling
+
             path = Path(origin.hf).expanduser().resolve()
-            found.append({"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path)})
+            found.append({"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path), **spelling(origin.hf)})
             return [*found, {"seed": self.job.train.seed, "buffers_only": True}]  # a missing parameter is an error
         return [*found, {"seed": self.job.train.seed}]
 

@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from autopar.errors import CheckpointError
 from autopar.models.decoder import Decoder, decoder
 from autopar.models.weights import Table, ours_of
-from autopar.spec.model import DecoderSpec
-from autopar.spec.reference import read_config, write_config
+from autopar.spec.reference import CONFIG, config_of, read_spec, write_config
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes in a file at most, as transformers writes them
-
-
-def read_spec(path: str | Path) -> DecoderSpec:
-    """The spec of a checkpoint: a folder with config.json, or a GGUF file. CheckpointError where no family reads it."""
-    path = Path(path).expanduser()
-    return read_config(_gguf_config(path) if path.suffix == ".gguf" else _config(path), str(path))
 
 
 def read_checkpoint(path: str | Path) -> Decoder:
@@ -58,7 +51,7 @@ def write_checkpoint(model: Decoder, folder: str | Path, *, like: str | Path | N
     ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     table = Table(model.spec, {name: tuple(tensor.shape) for name, tensor in ours.items()})
     if like is not None:
-        config, files = _config(Path(like).expanduser()), _files(Path(like).expanduser())
+        config, files = config_of(Path(like).expanduser()), _files(Path(like).expanduser())
         files = {f: [n for n in names if table.held(n) is not None] for f, names in files.items()}
     else:
         config = write_config(model.spec)
@@ -102,17 +95,6 @@ def _sharded(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
 # ------------------------------------------------------------------ files
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: no {CONFIG}, so this is no Hugging Face checkpoint")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from None
-    return config
-
-
 def _files(folder: Path) -> dict[str, list[str]]:
     """Every safetensors file of a checkpoint and the names in it, both in the order they are stored."""
     from safetensors import SafetensorError, safe_open
@@ -142,13 +124,6 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(folder / file, framework="pt") as data:
             for name in names:
                 yield name, data.get_tensor(name)
-
-
-def _gguf_config(path: Path) -> dict[str, Any]:
-    from autopar.models.huggingface import read_config as theirs
-
-    config: dict[str, Any] = theirs(str(path), None).to_dict()
-    return config
 
 
 def _gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

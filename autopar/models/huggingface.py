@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError, CheckpointError, SpecError, suggestion
+from autopar.spec.family import family_of
 
 EXPERTS = "batched_mm"
 """How mixtures of experts run: `eager` cannot be traced, `grouped_mm` refuses float64; this one is exact in both."""
@@ -52,6 +53,13 @@ def read_config(name: str, config: Mapping[str, Any] | None) -> Any:
     _check_options(name, config, auto.CONFIG_MAPPING[name])
     with explained(f"the config of '{name}'", config):
         return auto.AutoConfig.for_model(name, **config)
+
+
+def spelling(name: str) -> dict[str, Any]:
+    """How a checkpoint's files may spell the model's tensors: the ``prefix`` of its base model, globs to ``ignore``."""
+    config = read_config(name, None)
+    family = family_of(config.model_type)
+    return {"prefix": _model_class(config).base_model_prefix, "ignore": list(family.ignored) if family else []}
 
 
 def _check_options(name: str, config: Mapping[str, Any], kind: Any) -> None:

@@ -29,6 +29,10 @@ def build(model: ModelSource, *, meta: bool, dtype: torch.dtype | None = None, s
         if isinstance(model, DecoderSpec):
             return _decoder(model, meta, dtype)
         found = origin(model)
+        if found.weights is not None and not meta:
+            from autopar.models.checkpoint import read_checkpoint
+
+            return read_checkpoint(found.weights).to(dtype or torch.get_default_dtype())
         if found.decoder is not None:
             return _decoder(found.decoder, meta, dtype)
         if found.hf is not None:

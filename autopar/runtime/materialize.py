@@ -23,7 +23,8 @@ LISTED = 8  # tensors named in one message
 def source_of(folder: Path, manifest: Manifest, build: Callable[[], nn.Module] | None = None) -> Source:
     """The sources that ``manifest.weights`` lists; for each tensor the first that has it gives it.
 
-    ``{"files": path}``, ``{"gguf": path}`` (both take ``"ignore": [globs]``; paths are relative to the folder) and
+    ``{"files": path}``, ``{"gguf": path}`` (both take ``"ignore": [globs]``, files also ``"prefix"``, see `Files`; paths
+    are relative to the folder) and
     ``{"seed": n}`` (needs ``build``; with ``"buffers_only": true`` it gives no parameters).
     """
     seeds = [e for e in manifest.weights if "seed" in e]
@@ -36,7 +37,7 @@ def source_of(folder: Path, manifest: Manifest, build: Callable[[], nn.Module] |
         if "seed" in entry:
             sources.append(made.pop(0))
         elif "files" in entry:
-            sources.append(Files(folder / entry["files"], entry.get("ignore", ()), names))
+            sources.append(Files(folder / entry["files"], entry.get("ignore", ()), names, entry.get("prefix", "")))
         elif "gguf" in entry:
             sources.append(Files(converted(folder / entry["gguf"], folder, build), entry.get("ignore", ()), names))
         else:

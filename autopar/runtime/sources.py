@@ -56,12 +56,17 @@ class Files:
     """A safetensors file, or a folder of them (with or without an index), read slice by slice.
 
     ``ignore``: globs of tensors in the files that the model need not know. ``model``: names that the whole model has,
-    also those that the program does not read.
+    also those that the program does not read. ``prefix``: what a Hugging Face model calls its base model: names of the
+    base model alone, as in a checkpoint saved without the head, are read as the whole model's, and the other way round.
     """
 
-    def __init__(self, path: str | Path, ignore: Iterable[str] = (), model: frozenset[str] = frozenset()):
+    def __init__(
+        self, path: str | Path, ignore: Iterable[str] = (), model: frozenset[str] = frozenset(), prefix: str = ""
+    ):
         self.path, self.ignore, self.model = Path(path), tuple(ignore), model
-        self.where = _index(self.path)
+        where = _index(self.path)
+        self.stored = {_renamed(name, where, model, prefix): name for name in where}
+        self.where = {name: where[stored] for name, stored in self.stored.items()}
         self._open: dict[Path, Any] = {}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -71,7 +76,7 @@ class Files:
         data = self._slice(name)
         shape = tuple(data.get_shape())
         if not placement.sharded or not shape:
-            return local(placement, self._file(name).get_tensor(name), rank, degree)
+            return local(placement, self._file(name).get_tensor(self.stored[name]), rank, degree)
         before = (slice(None),) * placement.dim
         runs = extents(placement, shape, rank, degree)
         parts = [data[(*before, slice(start, start + length))] for start, _, length in runs]
@@ -90,7 +95,7 @@ class Files:
         return self._open[path]
 
     def _slice(self, name: str) -> Any:
-        return self._file(name).get_slice(name)
+        return self._file(name).get_slice(self.stored[name])
 
 
 class Chain:
@@ -108,6 +113,17 @@ class Chain:
 
     def unexpected(self, known: set[str]) -> list[str]:
         return [n for source in self.sources for n in source.unexpected(known)]
+
+
+def _renamed(name: str, stored: Iterable[str], model: frozenset[str], prefix: str) -> str:
+    """A stored name as the model's: transformers' rule for checkpoints with or without their base model's prefix."""
+    if not prefix or not model:
+        return name
+    dotted = f"{prefix}."
+    has, wants = any(n.startswith(dotted) for n in stored), any(n.startswith(dotted) for n in model)
+    if wants and not has and name not in model:
+        return dotted + name
+    return name.removeprefix(dotted) if has and not wants else name
 
 
 def _fake(tensor: torch.Tensor) -> bool:

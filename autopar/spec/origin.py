@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_serializer
 
-from autopar.errors import suggestion
+from autopar.errors import CheckpointError, suggestion
 from autopar.spec import library
 from autopar.spec.base import Spec, build
 from autopar.spec.quantity import short
@@ -21,12 +21,14 @@ class ModelOrigin(Spec):
     """One of four forms; the others' fields are empty.
 
     ``name``: the file in `models/` that the rest was read from, or "". ``declared``: the fields of a DecoderSpec
-    over its family's defaults. ``hf``: a checkpoint's folder, or a model type with its ``config``.
+    over its family's defaults; with ``weights``, those of a Hugging Face checkpoint, which gives the values too.
+    ``hf``: a checkpoint's folder, or a model type with its ``config``.
     ``python``: ``package.module:function``, called with ``kwargs``, which returns an `nn.Module`.
     """
 
     name: str = ""
     declared: dict[str, Any] | None = None
+    weights: str | None = None
     hf: str | None = None
     config: dict[str, Any] | None = None
     python: str | None = None
@@ -36,6 +38,8 @@ class ModelOrigin(Spec):
     def _written(self) -> Any:
         if self.name:
             return self.name
+        if self.weights is not None:
+            return {"hf": self.weights, "declarative": True}
         if self.declared is not None:
             return dict(self.declared)
         if self.hf is not None:
@@ -54,12 +58,12 @@ class ModelOrigin(Spec):
     @property
     def key(self) -> str:
         """Equal for models that are built alike."""
-        return repr((self.declared, self.hf, self.config, self.python, self.kwargs))
+        return repr((self.declared, self.weights, self.hf, self.config, self.python, self.kwargs))
 
     def __str__(self) -> str:
         if self.name:
             return self.name
-        return self.hf or self.python or str((self.declared or {}).get("family", "model"))
+        return self.weights or self.hf or self.python or str((self.declared or {}).get("family", "model"))
 
 
 def read_origin(source: Source) -> ModelOrigin:
@@ -101,6 +105,10 @@ def _changed(data: dict[str, Any], source: Source) -> dict[str, Any]:
     if fields.get("declared") is None:
         message = f"model '{data['name']}' is not declared by its sizes, so {', '.join(changes)} cannot be changed"
         raise source.error(message)
+    if fields.get("weights") is not None:
+        raise source.error(
+            f"model '{data['name']}' has the weights of a checkpoint, so {', '.join(changes)} cannot change"
+        )
     from autopar.spec.model import merge
 
     return _declared(merge(fields["declared"], changes), source)
@@ -114,7 +122,7 @@ def _declared(data: dict[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _hugging_face(data: dict[str, Any], source: Source) -> dict[str, Any]:
-    _only(data, ("hf", "config"), source)
+    _only(data, ("hf", "config", "declarative"), source)
     name, config = data["hf"], data.get("config")
     if not isinstance(name, str) or not name:
         raise source.error(f"model.hf must be the folder of a checkpoint or a model type, not {short(name)}", ("hf",))
@@ -129,7 +137,29 @@ def _hugging_face(data: dict[str, Any], source: Source) -> dict[str, Any]:
             f"there is no checkpoint folder {short(name)} (nothing is downloaded); a model type needs `config: {{…}}`"
         )
         raise source.error(message, ("hf",))
+    if data.get("declarative") not in (None, True, False):
+        raise source.error(
+            f"model.declarative must be true or false, not {short(data['declarative'])}", ("declarative",)
+        )
+    if data.get("declarative"):
+        if config is not None:
+            raise source.error("model.declarative reads a checkpoint, which has its own config", ("config",))
+        return _as_declared(folder, source)
     return {"hf": name, "config": config}
+
+
+def _as_declared(path: Path, source: Source) -> dict[str, Any]:
+    """A checkpoint as the declared model that it is."""
+    from autopar.spec.reference import read_spec
+
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    if len(files) > 1:
+        raise source.error(f"the folder '{path}' holds {len(files)} GGUF files; name one of them", ("hf",))
+    path = files[0] if files else path
+    try:
+        return {"declared": read_spec(path).model_dump(), "weights": str(path)}
+    except CheckpointError as error:
+        raise source.error(f"model.hf: {error}", ("hf",)) from error
 
 
 def place(name: str) -> Path:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from autopar.errors import CheckpointError
+from autopar.errors import CheckpointError, SpecError
 from autopar.spec.family import Setting, families, load_family, reader_of
 from autopar.spec.model import DecoderSpec, merge, resolve
 
+CONFIG = "config.json"
 SIZES = ("layers", "hidden", "heads", "vocab")
 """What a config must tell: no family has a default for them."""
 ROPE = {  # our field of `rope.scaling` â†’ the reference's key in `rope_parameters`
@@ -28,6 +31,38 @@ SCALINGS = {  # the reference's `rope_type`s, which are the names of our parts â
     "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
     "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
+
+
+def read_spec(path: str | Path) -> DecoderSpec:
+    """The spec of a checkpoint: a folder with config.json, or a GGUF file. CheckpointError where no family reads it."""
+    path = Path(path).expanduser()
+    return read_config(config_of(path), str(path))
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The Hugging Face config of a checkpoint's folder or of a GGUF file."""
+    if path.suffix == ".gguf":
+        return _gguf_config(path)
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no {CONFIG}, so this is no Hugging Face checkpoint")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from None
+    return config
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    try:
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    except ImportError as error:
+        raise SpecError("model: a GGUF file needs transformers and gguf: pip install 'autopar[hf]'") from error
+    try:
+        config: dict[str, Any] = load_gguf_checkpoint(str(path))["config"]
+    except Exception as error:  # whatever it raises for a broken file
+        raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from error
+    return config
 
 
 def read_config(config: Mapping[str, Any], where: str) -> DecoderSpec:

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from autopar.errors import CheckpointError
-from autopar.models.checkpoint import read_checkpoint, read_spec, write_checkpoint
+from autopar.models.checkpoint import read_checkpoint, write_checkpoint
 from autopar.models.load import build
 from autopar.spec.family import load_family
 from autopar.spec.model import resolve
-from autopar.spec.reference import read_config, write_config
+from autopar.spec.reference import read_config, read_spec, write_config
 
 LLAMA = dict(
     hidden_size=32,
