@@ -1,0 +1,127 @@
+"""The class of one distinct block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from autopar.ir.attention import Core, cores
+from autopar.lower.code import Body, Names, Writer, indent
+from autopar.lower.declare import attribute, declaration
+
+if TYPE_CHECKING:
+    from autopar.lower.stagecode import StageWriter
+
+
+class BlockWriter:
+    """The class of one distinct block."""
+
+    def __init__(self, owner: StageWriter, name: str) -> None:
+        self.owner = owner
+        self.name = name
+        self.graph = owner.program.blocks[name]
+        self.local = owner.emitter.blocks[name]
+        self.owned = owner.emitter.owned[name]
+        self.places = [n for n in self.graph.nodes if n.op == "placeholder"]
+        recompute = {r for c, r in zip(owner.stage.calls, owner.recompute, strict=True) if c.target == name}
+        self.full, self.selective = "full" in recompute, "selective" in recompute
+
+    def source(self) -> str:
+        count = sum(c.target == self.name for c in self.owner.stage.calls)
+        sample = next(c for c in self.owner.stage.calls if c.target == self.name).meta["path"]
+        lines = [f"class Block{self.name.split('_')[1]}(nn.Module):"]
+        lines += [f'    """{sample} and {count - 1} more like it."""' if count > 1 else f'    """{sample}."""', ""]
+        lines += ['    def __init__(self, tp: torch.distributed.ProcessGroup | None, recompute: str = "none") -> None:']
+        lines += ["        super().__init__()", "        self.tp, self.recompute = tp, recompute"]
+        lines += [f"        {d}" for d in self.declarations()]
+        names, arguments_ = self.names()
+        given = ", ".join(arguments_)
+        entry = "body" if self.full else "forward"
+        if self.full:
+            lines += ["", f"    def forward(self, {given}):", '        if self.recompute == "full":']
+            lines += [f"            return checkpoint(self.body, {given}, use_reentrant=False)"]
+            lines += [f"        return self.body({given})"]
+        body, methods = self.body(names)
+        lines += ["", f"    def {entry}(self, {given}):", indent(body.lines, 8), *methods]
+        return "\n".join(lines)
+
+    def declarations(self) -> list[str]:
+        found = []
+        for i, place in enumerate(self.places):
+            if i not in self.owned or self.constant(place) is not None:
+                continue
+            where = self.local.places[self.local.nodes[place]]
+            trainable = place.meta["kind"] == "parameter" and bool(place.meta["requires_grad"])
+            found.append(declaration(attribute(place), place, where, self.owner.emitter.degree, trainable))
+        return found
+
+    def constant(self, place: fx.Node) -> str | None:
+        return self.owner.literal(place.meta["name"]) if place.meta["kind"] == "constant" else None
+
+    def names(self) -> tuple[Names, list[str]]:
+        names = Names()
+        given = []
+        for i, place in enumerate(self.places):
+            node = self.local.nodes[place]
+            if i in self.owned:
+                names.of[node] = self.constant(place) or f"self.{attribute(place)}"
+            else:
+                given.append(names.give(node, place.name))
+        return names, given
+
+    def body(self, names: Names) -> tuple[Body, list[str]]:
+        """The forward's lines, and the methods for what is recomputed selectively."""
+        nodes = list(self.local.graph.nodes)
+        found = [c for c in cores(self.local.graph) if closed(c)] if self.selective else []
+        inside = {n: c for c in found for n in c.nodes}
+        first = next(names.of[n] for n in nodes if n.op == "placeholder" and "." not in names.of[n])
+        writer = Writer(names, f"{first}.device")
+        methods: list[str] = []
+        segment: list[fx.Node] = []
+        for node in nodes:
+            core = inside.get(node)
+            if core is None:
+                segment.append(node)
+            elif node is core.output:
+                writer.write(segment)
+                segment = []
+                methods += self.core_method(core, names, writer, len(methods) > 0)
+        writer.write(segment)
+        results = nodes[-1].args[0]
+        writer.result(results, single=len(results) == 1)
+        body = writer.body
+        if any("device=device" in line for line in body.lines):
+            body.lines.insert(0, f"device = {first}.device")
+        self.owner.bodies.append(body)
+        return body, methods
+
+    def core_method(self, core: Core, names: Names, writer: Writer, again: bool) -> list[str]:
+        """The attention core as a method of its own, and its call under checkpoint."""
+        own = Names()
+        for node in core.inputs:
+            own.give(node, node.name)
+        inner = Writer(own, f"{own.of[core.inputs[0]]}.device")
+        body = inner.write(list(core.nodes))
+        inner.result([core.output], single=True)
+        if any("device=device" in line for line in body.lines):
+            body.lines.insert(0, f"device = {own.of[core.inputs[0]]}.device")
+        self.owner.bodies.append(body)
+        method = "attention_core" if not again else f"attention_core_{core.output.name}"
+        outside = [writer.expression(n) for n in core.inputs]
+        result = names.give(core.output, "attention")
+        given = ", ".join(outside)
+        writer.body.lines += [
+            'if self.recompute == "selective":',
+            f"    {result} = checkpoint(self.{method}, {given}, use_reentrant=False)",
+            "else:",
+            f"    {result} = self.{method}({given})",
+        ]
+        head = f"    def {method}(self, {', '.join(own.of[n] for n in core.inputs)}):"
+        return ["", head, indent(body.lines, 8)]
+
+
+def closed(core: Core) -> bool:
+    """Whether nothing but its output leaves a core."""
+    inside = set(core.nodes)
+    return all(set(n.users) <= inside for n in core.nodes if n is not core.output)
