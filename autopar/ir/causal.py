@@ -85,30 +85,62 @@ def ancestors(node: fx.Node) -> list[fx.Node]:
 
 
 def causal(program: Program, mask: fx.Node) -> bool:
-    """Whether ``mask`` depends on sizes only and is, at two of them, True exactly on and below the diagonal."""
+    """Whether ``mask`` depends on sizes only and is, at two of them, True exactly on and below the diagonal; also where a
+    number it compares positions with is smaller than they are."""
     nodes = ancestors(mask)
     if any(n.op in ("placeholder", "call_module") for n in nodes):
         return False
     if not program.sizes:
         rows, columns = mask.meta["val"].shape[-2:]
-        return rows == columns <= 2048 and is_triangle(computed(nodes, {}))
+        return rows == columns <= 2048 and is_triangle(computed(nodes, {})[mask])
     names = {s: meaning(program, s) for s in program.sizes}
+    wide = {abs(c): 4 for n in nodes for c in numbers(n)}
     for batch, sequence in SIZES:
         values = {s: batch if what == "batch" else sequence for s, what in names.items()}
-        if not is_triangle(computed(nodes, values)):
+        if not is_triangle(computed(nodes, values)[mask]):
             return False
+        if wide and not is_triangle(computed(nodes, values, wide)[mask]):
+            return False  # a window wider than these sizes
     return True
 
 
-def computed(nodes: list[fx.Node], values: dict[str, int]) -> torch.Tensor:
-    env: dict[fx.Node, Any] = {}
-    for node in nodes:
-        args, kwargs = map_aggregate(
-            (node.args, node.kwargs), lambda a: env[a] if isinstance(a, fx.Node) else evaluate(a, values)
-        )
+def computed(
+    nodes: list[fx.Node],
+    values: dict[str, int],
+    small: dict[int, int] | None = None,
+    held: dict[fx.Node, torch.Tensor] | None = None,
+) -> dict[fx.Node, Any]:
+    """The value of every node at some sizes. ``small``: numbers that positions are compared with, replaced; ``held``: values
+    of placeholders."""
+    env: dict[fx.Node, Any] = dict(held or {})
+    small = small or {}
+    for node in (n for n in nodes if n not in env):
+        wide = set(numbers(node)) if small else set()
+
+        def given(a: Any, wide: set[int] = wide) -> Any:
+            if isinstance(a, fx.Node):
+                return env[a]
+            if type(a) is int and a in wide and abs(a) in small:
+                return small[abs(a)] if a > 0 else -small[abs(a)]
+            return evaluate(a, values)
+
+        args, kwargs = map_aggregate((node.args, node.kwargs), given)
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return env[nodes[-1]]
+    return env
+
+
+COMPARING = frozenset(["add", "sub", "rsub", "le", "lt", "ge", "gt", "tril", "triu"])
+"""Operators whose numbers say how far positions lie apart."""
+
+
+def numbers(node: fx.Node) -> list[int]:
+    """Numbers that a node compares positions with and that no mask at `SIZES` could show: a window as wide."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if node.target._schema.name.split("::")[-1].strip("_") not in COMPARING:
+        return []
+    return [a for a in node.args[1:] if type(a) is int and SIZES[0][1] <= abs(a) < 2**31]
 
 
 def is_triangle(mask: torch.Tensor) -> bool:

@@ -16,14 +16,20 @@ aten = torch.ops.aten
 COPIES = {aten.contiguous.default, aten.clone.default}
 
 
-def fuse(program: Program, name: str, graph: fx.Graph, core: Written) -> fx.Node:
-    """Put `aten.scaled_dot_product_attention` in a core's place; returns it. Raises `UnlikeError`."""
+def fuse(program: Program, name: str, graph: fx.Graph, core: Written, capped: Any = None) -> fx.Node:
+    """Put `aten.scaled_dot_product_attention` in a core's place; returns it. ``capped``: see `to_sdpa`. Raises `UnlikeError`."""
+    if core.softcap and capped is None:
+        raise UnlikeError("the scores are soft-capped")
     with graph.inserting_before(core.mixture):
         make = Maker(graph, core.softmax.meta.get("path", ""))
         query, key, value = operands(make, core)
         mask = gathered(make, core, query)
         if mask is not None and name != OUTER:
             mask = hoist(program, name, mask, "mask")
+        if core.softcap:
+            if dims(query) != 4 or core.dropout:
+                raise UnlikeError("the scores are soft-capped")
+            capped(name, mask, int(shape(query)[1]))
         grouped = dims(query) >= 3 and str(shape(query)[-3]) != str(shape(key)[-3])
         options: dict[str, Any] = {"scale": core.scale}
         if grouped:
@@ -32,6 +38,8 @@ def fuse(program: Program, name: str, graph: fx.Graph, core: Written) -> fx.Node
             aten.scaled_dot_product_attention.default, (query, key, value, mask, core.dropout, False), options
         )
         node.meta = {"path": make.path, "requires_grad": core.mixture.meta["requires_grad"]}
+        if core.softcap:
+            node.meta["softcap"] = core.softcap
         q, v = query.meta["val"], value.meta["val"]
         node.meta["val"] = q.new_empty((*q.shape[:-1], v.shape[-1]))  # asked of no kernel: they guard on symbolic sizes
         result = make.shaped(node, shape(core.mixture))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -10,6 +11,7 @@ from autopar.ir.causal import causal_masks
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass
 from autopar.ir.unread import sweep
+from passes.attention.einsum import products_of_einsums
 from passes.attention.fused import fuse
 from passes.attention.written import SOFTMAX, UnlikeError, read
 
@@ -29,12 +31,22 @@ class SdpaAttention(Pass):
         to_sdpa(program, self.name)
 
 
-def to_sdpa(program: Program, who: str) -> None:
-    """Replace every core that the operator can express; say which are left, and why."""
+Capped = Callable[[str, Any, int], Any]
+"""Asked of (graph, mask, heads) of scores with a soft cap, which torch's operator has no words for; raises `UnlikeError`."""
+
+
+def to_sdpa(program: Program, who: str, capped: Capped | None = None) -> None:
+    """Replace every core that the operator can express; say which are left, and why.
+
+    With ``capped``, so is one whose scores have a soft cap, if that raises nothing: the caller finds the cap in the node's
+    ``meta["softcap"]`` and must put a kernel there that knows it.
+    """
+    for _, graph in program.graphs():
+        products_of_einsums(graph)
     sweep(program)  # attention weights that nobody reads must not count as read
     for name, graph in list(program.graphs()):
         for node in [n for n in graph.nodes if n.op == "call_function" and n.target in SOFTMAX]:
-            replace(program, name, graph, node, who)
+            replace(program, name, graph, node, who, capped)
         for node in reversed(list(graph.nodes)):
             if node.op == "call_function" and not node.users:
                 graph.erase_node(node)
@@ -42,11 +54,13 @@ def to_sdpa(program: Program, who: str) -> None:
     sweep(program)
 
 
-def replace(program: Program, name: str, graph: fx.Graph, softmax: fx.Node, who: str) -> None:
+def replace(
+    program: Program, name: str, graph: fx.Graph, softmax: fx.Node, who: str, capped: Capped | None = None
+) -> None:
     try:
         core = read(softmax)
         if core is not None:
-            fuse(program, name, graph, core)
+            fuse(program, name, graph, core, capped)
     except UnlikeError as why:
         place = ".".join(filter(None, (name, softmax.meta.get("path", ""))))
         program.history.append(f"{who}: attention in {place} is left as written: {why}")

@@ -52,6 +52,7 @@ class Written:
     dropout: float = 0.0
     scale: float = 1.0
     terms: list[Term] = field(default_factory=list)
+    softcap: float = 0.0
 
 
 def read(softmax: fx.Node) -> Written | None:
@@ -66,11 +67,11 @@ def read(softmax: fx.Node) -> Written | None:
         raise UnlikeError("the softmax does not run over the keys")
     if not alone:
         raise UnlikeError("the attention weights are read elsewhere too")
-    scale, terms, product = backwards(scores)
+    scale, terms, product, cap = backwards(scores)
     factors: Any = product.args[1:3] if product.target is aten.baddbmm.default else product.args[:2]
     query, key = factors
     value: Any = mixture.args[1]
-    return Written(softmax, scores, product, mixture, query, key, value, dropout, scale, terms)
+    return Written(softmax, scores, product, mixture, query, key, value, dropout, scale, terms, cap)
 
 
 def forwards(softmax: fx.Node) -> tuple[fx.Node | None, float, bool]:
@@ -117,24 +118,34 @@ def scored(node: fx.Node) -> list[Any]:
 # ------------------------------------------------------------------ from the softmax up to q @ k.T
 
 
-def backwards(node: fx.Node) -> tuple[float, list[Term], fx.Node]:
-    """(scale, terms, product) such that ``node`` is scale · product + Σ terms, the latter filled in where they fill."""
-    factor, terms, last = 1.0, [], node
+def backwards(node: fx.Node) -> tuple[float, list[Term], fx.Node, float]:
+    """(scale, terms, product, cap) such that ``node`` is s + Σ terms, the latter filled in where they fill; s is scale · product,
+    with a cap cap · tanh(scale · product / cap)."""
+    factor, terms, last, cap = 1.0, [], node, 0.0
     while node.target not in PRODUCTS:
         if node is not last and len(node.users) > 1:
             raise UnlikeError(f"the scores are read elsewhere too ({node.name})")
+        if node.target is aten.tanh.default and not cap:
+            cap, node = factor, node.args[0]  # type: ignore[assignment]
+            continue
         following, by, added = step(node)
+        if cap and added:
+            raise UnlikeError(f"something is added to the scores before their soft cap ({node.name})")
         terms += [scaled(t, factor) for t in added]
         factor *= by
         node = following
     if len(node.users) > 1:
         raise UnlikeError(f"the scores are read elsewhere too ({node.name})")
+    if cap and abs(factor - round(factor, 12)) < 1e-15:
+        factor = round(factor, 12)
     if node.target is aten.baddbmm.default:
+        if cap:
+            raise UnlikeError("something is added to the scores before their soft cap")
         beta, alpha = (float(node.kwargs.get(k, 1.0)) for k in ("beta", "alpha"))  # type: ignore[arg-type]
         if beta:
             terms.append(Term(node.args[0], beta * factor, lead(node)))  # type: ignore[arg-type]
         factor *= alpha
-    return factor, terms, node
+    return factor, terms, node, abs(cap)
 
 
 def scaled(term: Term, factor: float) -> Term:
@@ -160,8 +171,8 @@ def step(node: fx.Node) -> tuple[fx.Node, float, list[Term]]:
         scores, mask = (args[1], args[0]) if keeps else (args[0], args[1])
         if whole(scores, node) and hides(args[2], node):
             return scores, 1.0, [Term(mask, 1.0, lead(node), args[2], keeps)]
-    if target in (aten.tanh.default, aten.softplus.default, aten.clamp.default):
-        raise UnlikeError(f"the scores are soft-capped or clipped ({node.name})")
+    if target in (aten.softplus.default, aten.clamp.default):
+        raise UnlikeError(f"the scores are clipped ({node.name})")
     raise UnlikeError(f"{node.target} stands between the scores and their softmax ({node.name})")
 
 

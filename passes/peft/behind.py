@@ -9,6 +9,7 @@ from autopar.ir.lengthen import END, created, padded, plus, renewed, sequence_di
 from autopar.ir.ops import Attention, view
 from autopar.ir.program import OUTER, Program
 from autopar.ir.unread import sweep
+from passes.attention.flash_attention import to_torch
 from passes.attention.fused import unrepeated
 from passes.attention.sdpa_attention import to_sdpa
 from passes.peft.parts import Maker, pass_in
@@ -38,6 +39,7 @@ def stand_behind(program: Program, extra: int, who: str) -> None:
 
 def fuse_attention(program: Program, who: str) -> None:
     """Every attention becomes the fused operator, its keys and values no longer repeated for the queries they serve."""
+    to_torch(program, who)
     to_sdpa(program, who)
     for _, graph in program.graphs():
         for node in list(graph.nodes):

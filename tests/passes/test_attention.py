@@ -237,15 +237,33 @@ def test_dropout_of_the_weights_becomes_the_operators() -> None:
     assert [seen.dropout for seen in found(after)] == [0.25]
 
 
+def kernels(program: Program) -> list[torch.fx.Node]:
+    """The calls of the flash kernel."""
+    target = torch.ops.autopar.flash_attention.default
+    return [n for _, g in program.graphs() for n in g.nodes if n.target is target]
+
+
+def options(node: torch.fx.Node) -> dict[str, object]:
+    return {k: v for k, v in node.kwargs.items() if k not in ("scale", "slopes")}
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in WITHOUT_ATTENTION])
-def test_every_family_has_its_attention_fused_and_its_mask_outside_the_blocks(family: str) -> None:
+def test_every_family_has_its_attention_by_the_kernel_and_no_mask_left(family: str) -> None:
     after = rewrite(family_program(family), [{"flash_attention": {}}])
-    (seen,) = found(after)
+    (node,) = kernels(after)
     alibi = "bloom" in family or "alibi" in family
-    assert seen.causal is not alibi and (seen.node.meta.get("kernel") == "flash") is not alibi
-    assert seen.mask is None if not alibi else seen.mask.op == "placeholder"  # type: ignore[union-attr]
-    assert any("its mask is not the causal one" in line for line in after.history) is alibi
-    assert seen.grouped == (family in ("llama", "chatglm2", "falcon", "hf_llama", "hf_glm", "hf_falcon"))
+    assert options(node) == {"causal": True} and ("slopes" in node.kwargs) is alibi
+    assert not found(after) and not [line for line in after.history if line.startswith("flash_attention:")]
+    query, key = (n.meta["val"].shape[1] for n in node.args[:2])  # type: ignore[union-attr]
+    assert (query != key) == (family in ("llama", "chatglm2", "falcon", "hf_llama", "hf_glm", "hf_falcon"))
+    masks = [n for _, g in after.graphs() for n in g.nodes if n.op != "output" and square(n)]
+    assert not masks, f"{masks} of the size of the scores"
+
+
+def square(node: torch.fx.Node) -> bool:
+    value = node.meta["val"]
+    last = [str(s) for s in value.shape[-2:]] if isinstance(value, torch.Tensor) else []
+    return len(last) == 2 and last[0] == last[1] and "s" in last[0]
 
 
 class Fused(One):
@@ -257,10 +275,82 @@ class Fused(One):
         return (x + mixed.transpose(1, 2).reshape(x.shape)) @ self.embedding.weight.T
 
 
-def test_flash_attention_marks_calls_that_are_fused_already() -> None:
+def test_the_kernel_takes_the_place_of_calls_that_are_fused_already() -> None:
     _, after, error = both(Fused(), "flash_attention")
-    (seen,) = found(after)
-    assert seen.causal and seen.mask is None and seen.node.meta["kernel"] == "flash" and error < CLOSE
+    (node,) = kernels(after)
+    assert options(node) == {"causal": True} and error < CLOSE
+
+
+class Einsum(One):
+    """Both products as einsums, heads in another place."""
+
+    def scores(self, q, k):  # noqa: ANN001, ANN201
+        return torch.einsum("bhqd,bkhd->bhqk", q, k.transpose(1, 2)) * 0.5
+
+    def mix(self, weights, v):  # noqa: ANN001, ANN201
+        return torch.einsum("bhqk,bhkd->bqhd", weights, v).transpose(1, 2)
+
+
+class CappedBand(One):
+    """Gemma 2's soft cap, and a window of four."""
+
+    def weights(self, scores):  # noqa: ANN001, ANN201
+        return (torch.tanh(scores / 5.0) * 5.0).masked_fill(~causal(scores).triu(-3), float("-inf")).softmax(-1)
+
+
+class Wide(One):
+    """A window wider than any length that is tried."""
+
+    def weights(self, scores):  # noqa: ANN001, ANN201
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        far = place[:, None] - place
+        return scores.masked_fill((far < 0) | (far >= 1000), float("-inf")).softmax(-1)
+
+
+KERNEL = {
+    Plain: {}, Filled: {"causal": True}, Lowest: {"causal": True}, Window: {"causal": True, "window": 3},
+    Baddbmm: {"causal": True}, ScaledAfterBias: None, Learned: None, Expanded: {}, Tiled: {}, Einsum: {},
+    CappedBand: {"causal": True, "window": 4, "softcap": 5.0}, Capped: {"softcap": 5.0},
+    Wide: {"causal": True, "window": 1000},
+}  # fmt: skip
+"""What the kernel is told, or None where it cannot be."""
+
+
+@pytest.mark.parametrize("kind", KERNEL, ids=lambda k: k.__name__)
+def test_every_spelling_and_mask_by_the_kernel(kind: type[One]) -> None:
+    _, after, error = both(kind(), "flash_attention")
+    assert [options(n) for n in kernels(after)] == ([] if KERNEL[kind] is None else [KERNEL[kind]])
+    assert error < CLOSE
+    if KERNEL[kind] is None:
+        assert any("takes another kernel" in line for line in after.history)
+
+
+def test_a_window_wider_than_what_is_tried_is_not_taken_for_causal() -> None:
+    (seen,) = found(both(Wide(), "sdpa_attention")[1])
+    assert seen.mask is not None and not seen.causal
+
+
+class Padded(One):
+    """A mask from the batch."""
+
+    def forward(self, input_ids, attention_mask):  # noqa: ANN001, ANN201
+        self.seen = attention_mask.bool()[:, None, None, :]
+        return super().forward(input_ids)
+
+    def weights(self, scores):  # noqa: ANN001, ANN201
+        return scores.masked_fill(~(self.seen & causal(scores)), -1e30).softmax(-1)
+
+
+def test_a_mask_of_the_batch_stays_with_torchs_operator() -> None:
+    batch = {**ids(), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    after = rewrite(trace(Padded(), batch), [{"flash_attention": {}}])
+    assert not kernels(after) and len(found(after)) == 1
+    assert any("takes another kernel: its mask depends on the batch" in line for line in after.history)
+
+
+def test_dropout_stays_with_torchs_operator() -> None:
+    after = rewrite(trace(Dropped(), ids()), [{"flash_attention": {}}])
+    assert [seen.dropout for seen in found(after)] == [0.25] and any("dropped out" in line for line in after.history)
 
 
 def test_no_tensor_of_the_size_of_the_scores_is_kept() -> None:
