@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autopar.errors import CheckpointError
 from autopar.models.decoder import Decoder, decoder
 from autopar.models.weights import Table, ours_of
-from autopar.spec.reference import CONFIG, config_of, read_spec, write_config
+from autopar.spec.reference import CONFIG, config_of, read_config, write_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes in a file at most, as transformers writes them
@@ -26,11 +26,12 @@ def read_checkpoint(path: str | Path) -> Decoder:
     CheckpointError that names what is missing, unknown or of another shape.
     """
     path = Path(path).expanduser()
-    spec = read_spec(path)
+    config = config_of(path)
+    spec = read_config(config, str(path))
     with torch.device("meta"):
         model = decoder(spec)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = _gguf_tensors(path) if path.suffix == ".gguf" else _safetensors(path)
+    tensors = _gguf_tensors(path, config) if path.suffix == ".gguf" else _safetensors(path)
     found = ours_of(spec, shapes, tensors, str(path))
     if spec.tied:
         found["head.weight"] = found["embedding.weight"]
@@ -126,13 +127,14 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, data.get_tensor(name)
 
 
-def _gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _gguf_tensors(path: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     from autopar.models.huggingface import build_huggingface, explained
 
     with torch.no_grad():
-        theirs: nn.Module = build_huggingface(str(path), None, meta=True)
+        options = {key: value for key, value in config.items() if not key.startswith("_") and key != "model_type"}
+        theirs: nn.Module = build_huggingface(str(config["model_type"]), options, meta=True)
     with explained(f"the checkpoint '{path}'", kind=CheckpointError):
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"]
     yield from ((name, torch.as_tensor(tensor)) for name, tensor in tensors.items())
