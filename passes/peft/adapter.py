@@ -12,10 +12,10 @@ from autopar.errors import PassError
 from autopar.ir.adapters import Saved
 from autopar.ir.edit import Layer, freeze, select
 from autopar.ir.initial import Initial
-from autopar.ir.ops import Linear
+from autopar.ir.ops import Linear, view
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass
-from passes.peft.parts import Maker, beside, record, replacing
+from passes.peft.parts import Added, Maker, paths, record, replacing
 
 aten = torch.ops.aten
 ACTIVATIONS = {n: getattr(aten, n).default for n in ("gelu", "relu", "silu", "tanh")}
@@ -47,12 +47,13 @@ class BottleneckAdapter(Pass):
         chosen = select(program, self.name, self.wanted(program), (Linear,))
         freeze(program)
         tensors: dict[str, Saved] = {}
+        add = Added(program)
         for layer in chosen:
-            names = self.put(program, layer)
+            names = self.put(add, layer)
             tensors |= {f"base_model.model.{p}.{n}": Saved(parts=(f"{p}.{n}",)) for p in layer.paths for n in names}
         config = {
             **self.model_dump(mode="json", exclude={"targets"}),
-            "target_modules": [p for layer in chosen for p in layer.paths],
+            "target_modules": paths(chosen),
         }
         record(program, self, "BOTTLENECK", config, tensors, ("size", "activation", "style", "scale"))
 
@@ -64,8 +65,8 @@ class BottleneckAdapter(Pass):
             raise PassError(f"adapter: this model has no role '{missing[0]}'; name the layers in `targets`")
         return roles
 
-    def put(self, program: Program, layer: Layer) -> list[str]:
-        graph, width = dict(program.graphs())[layer.graph], int(layer.view.node.meta["val"].shape[-1])
+    def put(self, add: Added, layer: Layer) -> list[str]:
+        graph, width = dict(add.program.graphs())[layer.graph], int(layer.view.node.meta["val"].shape[-1])
         node = layer.view.node
         source = half_input(layer) if self.style == "parallel" else node
         into = int(source.meta["val"].shape[-1])
@@ -76,7 +77,7 @@ class BottleneckAdapter(Pass):
             "adapter_up.weight": ((width, self.size), zero),
             "adapter_up.bias": ((width,), zero),
         }
-        held = [beside(program, layer, name, *part) for name, part in parts.items()]
+        held = [add(layer, name, *part) for name, part in parts.items()]
         with replacing(graph, node, layer.path) as (make, made):
             made.append(make(aten.add.Tensor, node, self.bottleneck(make, source, held)))
         return list(parts)
@@ -96,7 +97,8 @@ def half_input(layer: Layer) -> fx.Node:
         if node in seen:
             continue
         seen.add(node)
-        if node.target is aten.linear.default and str(node.meta.get("path", "")).startswith(f"{parent}."):
-            return node.args[0]  # type: ignore[return-value]
+        before = view(node)
+        if isinstance(before, Linear) and str(node.meta.get("path", "")).startswith(f"{parent}."):
+            return before.x
         stack.extend(node.all_input_nodes)
     raise PassError(f"adapter: no linear layer stands before {first.node.name} in {parent or 'its module'}")

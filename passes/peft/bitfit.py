@@ -14,7 +14,7 @@ from autopar.ir.initial import Initial
 from autopar.ir.ops import Linear
 from autopar.ir.program import OUTER, Program
 from autopar.ir.rewrite import Numerics, Pass
-from passes.peft.parts import beside, record, replacing, widths
+from passes.peft.parts import Added, record, replacing, widths
 
 aten = torch.ops.aten
 
@@ -42,7 +42,9 @@ class Bitfit(Pass):
         if self.add or (self.add is None and not there):
             added = self.give(program, chosen or self.everywhere(program))
         if not there and not added:
-            raise PassError("bitfit: there is no bias to train; `add: true` gives linear layers one")
+            raise PassError(
+                "bitfit: no bias is left to train (there is none, or it is trained already); `add: true` gives layers one"
+            )
         tensors = {f"base_model.model.{n}": Saved(parts=(n,)) for n in (*there, *added)}
         record(program, self, "BITFIT", {"target_modules": list(self.targets) or None}, tensors, ())
 
@@ -68,14 +70,13 @@ class Bitfit(Pass):
 
     def give(self, program: Program, chosen: list[Layer]) -> list[str]:
         """A bias for every layer that has none; returns their names."""
-        added = []
+        add, there = Added(program), set(program.parameters)
         for layer in chosen:
             assert isinstance(layer.view, Linear)
-            if layer.view.bias is None and not any(f"{p}.bias" in program.parameters for p in layer.paths):
-                bias = beside(program, layer, "bias", (widths(layer)[1],), Initial("constant"))
+            if layer.view.bias is None and not there & {f"{p}.bias" for p in layer.paths}:
+                bias = add(layer, "bias", (widths(layer)[1],), Initial("constant"))
                 self.put(dict(program.graphs())[layer.graph], layer, bias)
-                added += [f"{p}.bias" for p in layer.paths]
-        return added
+        return [n for n in program.parameters if n not in there]
 
     @staticmethod
     def put(graph: fx.Graph, layer: Layer, bias: fx.Node) -> None:

@@ -14,7 +14,7 @@ from autopar.ir.initial import Initial
 from autopar.ir.ops import Linear
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass
-from passes.peft.parts import Maker, beside, record, replacing, turned, widths
+from passes.peft.parts import Added, Maker, paths, record, replacing, turned, widths
 
 aten = torch.ops.aten
 WHERE = (("key", "value"), ("query_key_value",))
@@ -41,12 +41,13 @@ class Ia3(Pass):
         freeze(program)
         scaled = {p for layer in layers for p in layer.paths if any(matches(program, p, t) for t in feedforward)}
         tensors: dict[str, Saved] = {}
+        add = Added(program)
         for layer in layers:
             inner = layer.paths[0] in scaled
-            self.scale_input(program, layer) if inner else self.scale_output(program, layer)
+            self.scale_input(add, layer) if inner else self.scale_output(add, layer)
             tensors |= {f"base_model.model.{p}.ia3_l": Saved(parts=(f"{p}.ia3_l",)) for p in layer.paths}
         config = {
-            "target_modules": [p for layer in layers for p in layer.paths],
+            "target_modules": paths(layers),
             "feedforward_modules": sorted(scaled),
             "fan_in_fan_out": any(turned(layer) for layer in layers),
         }
@@ -60,18 +61,18 @@ class Ia3(Pass):
         given = tuple(r for r in INNER if r in roles) if self.targets is None else ()
         return targets, given if self.feedforward is None else self.feedforward
 
-    def scale_output(self, program: Program, layer: Layer) -> None:
+    def scale_output(self, add: Added, layer: Layer) -> None:
         node = layer.view.node
-        vector = beside(program, layer, "ia3_l", (widths(layer)[1], 1), Initial("constant", 1.0))
-        with replacing(dict(program.graphs())[layer.graph], node, layer.path) as (make, made):
+        vector = add(layer, "ia3_l", (widths(layer)[1], 1), Initial("constant", 1.0))
+        with replacing(dict(add.program.graphs())[layer.graph], node, layer.path) as (make, made):
             made.append(make(aten.mul.Tensor, node, make(aten.reshape.default, vector, [-1])))
             made[-1].meta["adapter"] = self.name
 
-    def scale_input(self, program: Program, layer: Layer) -> None:
+    def scale_input(self, add: Added, layer: Layer) -> None:
         assert isinstance(layer.view, Linear)
         node, x = layer.view.node, layer.view.x
-        vector = beside(program, layer, "ia3_l", (1, widths(layer)[0]), Initial("constant", 1.0))
-        graph = dict(program.graphs())[layer.graph]
+        vector = add(layer, "ia3_l", (1, widths(layer)[0]), Initial("constant", 1.0))
+        graph = dict(add.program.graphs())[layer.graph]
         with graph.inserting_before(node):
             make = Maker(graph, layer.path)
             scaled = make(aten.mul.Tensor, x, make(aten.reshape.default, vector, [-1]))

@@ -14,7 +14,7 @@ from autopar.ir.adapters import Saved
 from autopar.ir.edit import add_parameter, freeze, separate
 from autopar.ir.initial import Initial
 from autopar.ir.lengthen import END, need_symbols, sequence_dims, set_to, symbols_of, with_sizes
-from autopar.ir.ops import argument
+from autopar.ir.ops import Linear, argument, view
 from autopar.ir.program import OUTER, Program
 from autopar.ir.rewrite import Numerics, Pass
 from passes.peft.behind import fuse_attention
@@ -105,21 +105,21 @@ class Projections:
     def __init__(self, program: Program, graph: fx.Graph, core: Core) -> None:
         self.graph, self.core = graph, core
         self.names = {w: symbols_of(program, w) for w in ("batch", "sequence")}
-        first = self.linear(core.seen.key)
-        self.x: fx.Node = first.args[0]  # type: ignore[assignment]
+        self.x = self.read(core.seen.key)
         self.way = downstream(self.x)
         self.done: dict[fx.Node, fx.Node] = {}
 
-    def linear(self, node: fx.Node) -> fx.Node:
-        """The first linear layer on the way to a node whose input comes from outside the attention's module."""
+    def read(self, node: fx.Node) -> fx.Node:
+        """What the first linear layer on the way to a node reads from outside the attention's module."""
         stack, seen = [node], set()
         while stack:
             node = stack.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if node.target is aten.linear.default and not self.inside(node.args[0]):  # type: ignore[arg-type]
-                return node
+            layer = view(node)
+            if isinstance(layer, Linear) and not self.inside(layer.x):
+                return layer.x
             stack.extend(node.all_input_nodes)
         raise PassError(f"llama_adapter: no linear layer leads to the keys of {self.core.path}")
 
@@ -134,7 +134,8 @@ class Projections:
         if node not in self.way:
             return self.first_position(node)
         if node not in self.done:
-            sizes = dict.fromkeys(self.names["batch"], 1) | dict.fromkeys(self.names["sequence"], tokens)
+            virtual = self.virtual()
+            sizes = dict.fromkeys(self.names["batch"], 1) | dict.fromkeys(self.names["sequence"], tokens - virtual)
             change = set_to(sizes)
             args, kwargs = map_aggregate(
                 (node.args, node.kwargs),
@@ -142,6 +143,11 @@ class Projections:
             )
             self.done[node] = Maker(self.graph, str(node.meta.get("path", "")))(node.target, *args, **kwargs)
         return self.done[node]
+
+    def virtual(self) -> int:
+        """By how much the tokens here are more than those of the batch."""
+        length = self.x.meta["val"].shape[1].node.expr
+        return int(length - sum(s for s in length.free_symbols))
 
     def first_position(self, node: fx.Node) -> fx.Node:
         """Rotation by the first position is none at all; positions behind virtual tokens are taken before they were cut."""

@@ -16,7 +16,7 @@ from autopar.ir.initial import Initial, kaiming_uniform, norms
 from autopar.ir.ops import Embedding, Linear
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass
-from passes.peft.parts import Maker, beside, record, replacing, turned, widths
+from passes.peft.parts import Added, Maker, paths, record, replacing, turned, widths
 
 aten = torch.ops.aten
 DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -50,12 +50,13 @@ class Lora(Pass):
         chosen = select(program, self.name, self.targets, (Linear,) if self.dora else (Linear, Embedding))
         freeze(program)
         tensors: dict[str, Saved] = {}
+        add = Added(program)
         for layer in chosen:
             graph = dict(program.graphs())[layer.graph]
             if isinstance(layer.view, Linear):
-                names = self.beside_linear(program, graph, layer, layer.view)
+                names = self.beside_linear(add, graph, layer, layer.view)
             else:
-                names = self.beside_embedding(program, graph, layer, layer.view)
+                names = self.beside_embedding(add, graph, layer, layer.view)
             tensors |= {f"base_model.model.{p}.{n}": Saved(parts=(f"{p}.{n}",)) for p in layer.paths for n in names}
         record(program, self, "LORA", self.config(chosen), tensors, DECISIVE)
 
@@ -65,7 +66,7 @@ class Lora(Pass):
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": [p for layer in chosen for p in layer.paths],
+            "target_modules": paths(chosen),
             "use_rslora": self.rank_stabilized,
             "use_dora": self.dora,
             "bias": "none",
@@ -74,13 +75,13 @@ class Lora(Pass):
 
     # ------------------------------------------------------------------ linear layers
 
-    def beside_linear(self, program: Program, graph: fx.Graph, layer: Layer, base: Linear) -> list[str]:
+    def beside_linear(self, add: Added, graph: fx.Graph, layer: Layer, base: Linear) -> list[str]:
         into, out = widths(layer)
-        down = beside(program, layer, "lora_A.weight", (self.rank, into), kaiming_uniform(into))
-        up = beside(program, layer, "lora_B.weight", (out, self.rank), Initial("constant"))
+        down = add(layer, "lora_A.weight", (self.rank, into), kaiming_uniform(into))
+        up = add(layer, "lora_B.weight", (out, self.rank), Initial("constant"))
         names = ["lora_A.weight", "lora_B.weight"]
         if self.dora:
-            magnitude = self.magnitude(program, layer, out)
+            magnitude = self.magnitude(add, layer, out)
             names.append("lora_magnitude_vector.weight")
         with replacing(graph, base.node, layer.path) as (make, made):
             x = make(aten.dropout.default, base.x, self.dropout, True) if self.dropout else base.x
@@ -92,14 +93,14 @@ class Lora(Pass):
             made[-1].meta["adapter"] = self.name
         return names
 
-    def magnitude(self, program: Program, layer: Layer, out: int) -> fx.Node:
+    def magnitude(self, add: Added, layer: Layer, out: int) -> fx.Node:
         """The trained norms of the weight's rows; they begin as what they are."""
 
         def norm(path: str) -> Initial:
-            weight = program.parameters[".".join(filter(None, (path, layer.path, "weight")))]
+            weight = add.program.parameters[".".join(filter(None, (path, layer.path, "weight")))]
             return norms(weight.alias_of or weight.name, rows=not turned(layer))
 
-        return beside(program, layer, "lora_magnitude_vector.weight", (out,), norm)
+        return add(layer, "lora_magnitude_vector.weight", (out,), norm)
 
     def redirected(
         self, make: Maker, base: Linear, x: fx.Node, delta: fx.Node, parts: tuple[fx.Node, fx.Node, fx.Node]
@@ -119,10 +120,10 @@ class Lora(Pass):
 
     # ------------------------------------------------------------------ embeddings
 
-    def beside_embedding(self, program: Program, graph: fx.Graph, layer: Layer, base: Embedding) -> list[str]:
+    def beside_embedding(self, add: Added, graph: fx.Graph, layer: Layer, base: Embedding) -> list[str]:
         rows, width = (int(s) for s in base.weight.meta["val"].shape)
-        down = beside(program, layer, "lora_embedding_A", (self.rank, rows), Initial("constant"))
-        up = beside(program, layer, "lora_embedding_B", (width, self.rank), Initial("normal", 1.0))
+        down = add(layer, "lora_embedding_A", (self.rank, rows), Initial("constant"))
+        up = add(layer, "lora_embedding_B", (width, self.rank), Initial("normal", 1.0))
         with replacing(graph, base.node, layer.path) as (make, made):
             low = make(aten.embedding.default, make(aten.t.default, down), base.ids)
             delta = make(aten.mul.Tensor, make(aten.linear.default, low, up), self.scale)
@@ -134,8 +135,8 @@ class Lora(Pass):
 
     def merge(self, program: Program, adapter: Adapter) -> None:
         """W becomes W + scale · B A, with DoRA each row in the trained norm; computed in float32 at least."""
-        paths = dict.fromkeys(n.rpartition(".lora_")[0] for n in adapter.parameters)
-        folded = {p: self.folded(program, p, adapter) for p in paths}
+        modules = dict.fromkeys(n.rpartition(".lora_")[0] for n in adapter.parameters)
+        folded = {p: self.folded(program, p, adapter) for p in modules}
         for path, value in folded.items():
             name = f"{path}.weight"
             parameter = program.parameters[name]

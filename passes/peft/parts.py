@@ -45,12 +45,27 @@ def replacing(graph: fx.Graph, node: fx.Node, path: str) -> Iterator[tuple[Maker
         reader.replace_input_with(node, made[-1])
 
 
-def beside(
-    program: Program, layer: Layer, name: str, shape: tuple[int, ...], initial: Initial | Callable[[str], Initial]
-) -> fx.Node:
-    """A new parameter of a layer, in the dtype of its weight; ``initial`` may be made of the instance's path."""
-    dtype = layer.view.weight.meta["val"].dtype
-    return add_parameter(program, layer.graph, f"{layer.path}.{name}", shape, dtype, initial)
+class Added:
+    """The parameters that one run of a pass adds to layers; a layer that is called twice has them once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.made: dict[tuple[str, str, str], fx.Node] = {}
+
+    def __call__(
+        self, layer: Layer, name: str, shape: tuple[int, ...], initial: Initial | Callable[[str], Initial]
+    ) -> fx.Node:
+        """A parameter in the dtype of the layer's weight; ``initial`` may be made of the instance's path."""
+        key = (layer.graph, layer.path, name)
+        if key not in self.made:
+            dtype = layer.view.weight.meta["val"].dtype
+            self.made[key] = add_parameter(self.program, layer.graph, f"{layer.path}.{name}", shape, dtype, initial)
+        return self.made[key]
+
+
+def paths(chosen: Iterable[Layer]) -> list[str]:
+    """The layers' modules, each once."""
+    return list(dict.fromkeys(p for layer in chosen for p in layer.paths))
 
 
 def record(

@@ -145,7 +145,7 @@ class PrefixTuning(Pass):
 
 
 def cores(program: Program, who: str, per_query_head: bool) -> list[Core]:
-    """Every attention but those that adapters added. Raises `PassError` where there is none, or one whose heads are not a dim of its own."""
+    """Every attention but what adapters added. Raises `PassError` where there is none, or one without a dim for heads."""
     found: list[Core] = []
     for name, graph in program.graphs():
         for node in graph.nodes:

@@ -62,7 +62,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hf_falcon": huggingface("falcon", multi_query=True, parallel_attn=True, **DRY),
     "hf_falcon_alibi": huggingface("falcon", alibi=True, multi_query=False, parallel_attn=False, **DRY),
     "hf_bloom": huggingface("bloom", n_head=4, n_layer=2, **DRY),
-    "hf_gpt2": huggingface("gpt2", n_positions=16, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    "hf_gpt2": huggingface("gpt2", n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
     "hf_glm": huggingface("glm", head_dim=8, **LLAMA),
     "mlp": mlp,
     "conv": Net,

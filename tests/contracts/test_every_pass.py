@@ -13,7 +13,18 @@ from autopar.ir.ops import Linear
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass, applied, discover, load
 from autopar.ir.verify import verify
-from tests.contracts.families import FAMILIES, LENGTH, PASSES, base, computed, eager, error, program, traced
+from tests.contracts.families import (
+    FAMILIES,
+    LENGTH,
+    PASSES,
+    WITHOUT_ATTENTION,
+    base,
+    computed,
+    eager,
+    error,
+    program,
+    traced,
+)
 
 CLOSE = 1e-10  # float64 has 1e-16; sums of some hundred terms in another order lose a few digits
 
@@ -26,7 +37,8 @@ def instance(name: str, what: Program) -> Pass:
     linears = layers(what, (Linear,))
     roles = {what.roles.get(p) for layer in linears for p in layer.paths}
     wanted = kind().targets  # type: ignore[attr-defined]
-    return kind() if set(wanted) <= roles else kind(targets=(linears[0].paths[0],))  # type: ignore[call-arg]
+    fits = any(roles) if wanted is None else set(wanted) <= roles  # None: what the family's roles suggest
+    return kind() if fits else kind(targets=(linears[0].paths[0],))  # type: ignore[call-arg]
 
 
 def before(name: str, family: str) -> Program:
@@ -39,7 +51,11 @@ def test_a_pass_verifies_leaves_its_input_alone_and_keeps_its_promise_of_numeric
     what = before(name, family)
     text, tables, history = str(what), (dict(what.parameters), dict(what.tensors)), list(what.history)
     item = instance(name, what)
-    after = applied(item, what)
+    try:
+        after = applied(item, what)
+    except PassError as problem:  # tokens, or attention, are what the method is about
+        assert family in WITHOUT_ATTENTION and str(problem).startswith(f"{name}: "), problem
+        return
     verify(after)
     assert str(what) == text and what.history == history
     assert (what.parameters, what.tensors) == tables
@@ -58,7 +74,12 @@ def test_a_pass_verifies_leaves_its_input_alone_and_keeps_its_promise_of_numeric
 @pytest.mark.parametrize("name", PASSES)
 def test_a_rewritten_program_takes_other_sizes(name: str, family: str) -> None:
     what = before(name, family)
-    static = applied(instance(name, what), what).at(batch=3, length=None if family == "conv" else LENGTH + 3)
+    try:
+        after = applied(instance(name, what), what)
+    except PassError:
+        assert family in WITHOUT_ATTENTION
+        return
+    static = after.at(batch=3, length=None if family == "conv" else LENGTH + 3)
     verify(static)
     sizes = {s for _, g in static.graphs() for n in g.nodes if n.op != "output" for s in shapes(n.meta["val"])}
     assert all(type(s) is int for s in sizes), "symbols are left"
@@ -77,7 +98,8 @@ def test_passes_follow_each_other_in_any_order(first: str, second: str) -> None:
     try:
         what = applied(instance(second, what), what)
     except PassError as problem:
-        assert first == second and "already" in str(problem)
+        kinds = [discover()[n] for n in (first, second)]  # the same method, or a kind of it
+        assert (issubclass(*kinds) or issubclass(*kinds[::-1])) and "already" in str(problem), problem
         return
     loss, gradients = computed(what, "llama")
     assert torch.isfinite(loss) and gradients
