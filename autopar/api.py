@@ -112,6 +112,28 @@ def plan_job(job: Job, cache: Cache | None = None) -> PlanDocument:
     return planned(program, cluster_of(job), job, seconds)
 
 
+def advice(
+    job: Job, document: PlanDocument, cache: Cache, why: str | None = None, pins_only: bool = False
+) -> dict[str, list[str]]:
+    """What would make a job's plan faster, by heading: more of what the cluster has, other pins; with ``why``, what the
+    other strategies of a node would cost. See `autopar.solve.advice`."""
+    from autopar.plan.why import nodes_of
+    from autopar.solve import advice as module
+
+    program, _ = program_of(job, cache)
+    cluster = cluster_of(job)
+    found: dict[str, list[str]] = {}
+    if why is not None:
+        for graph, node in nodes_of(document, why):
+            name = f"the other strategies of {graph}.{node}"
+            found[name] = module.alternatives(program, cluster, job, document, (graph, node))
+        return found
+    if not pins_only:
+        found["what more of it would save"] = module.shadow_prices(program, cluster, job, document)
+    pins = module.unpinned(program, cluster, job, document)
+    return found | ({"what the pins cost": pins} if pins else {})
+
+
 def cluster_of(job: Job) -> Cluster:
     from autopar.cluster.cluster import Cluster
 

@@ -46,7 +46,14 @@ def plan(args: argparse.Namespace, out: TextIO) -> int:
     if len(args.jobs) > 1:
         return _plan_all(args, out)
     job = read_job(args.jobs[0], args.sets)
-    _show_plan(_planned(job, {}, args.output), job, args.json, out)
+    cache: dict[Any, Any] = {}
+    document = _planned(job, cache, args.output)
+    _show_plan(document, job, args.json, out)
+    if not args.json and any(v is not None for v in job.pins.model_dump().values()):
+        from autopar import api
+
+        out.flush()
+        out.write(_advice(api.advice(job, document, cache, pins_only=True)))
     return cli.EXIT_DONE
 
 
@@ -196,23 +203,33 @@ def verify(args: argparse.Namespace, out: TextIO) -> int:
 
 def explain(args: argparse.Namespace, out: TextIO) -> int:
     """`autopar explain`: of a job (which is planned), a plan file or a build folder."""
-    document = _document(args.job, args.sets)
+    cache: dict[Any, Any] = {}
+    document = _document(args.job, args.sets, cache)
     other = _document(args.diff, []) if args.diff else None
     from autopar.plan import explain as module
 
     text = module.explain(document, why=args.why, other=other)
+    found = {}
+    if _plan_file(args.job) is None and (args.why or not args.diff):
+        from autopar import api
+
+        found = api.advice(read_job(args.job, args.sets), document, cache, args.why)
     if args.json:
-        cli.write_json(out, {"explanation": text, "plan": document.model_dump(mode="json")})
+        cli.write_json(out, {"explanation": text, "plan": document.model_dump(mode="json"), "advice": found})
     else:
-        out.write(text.rstrip("\n") + "\n")
+        out.write(text.rstrip("\n") + "\n" + _advice(found))
     return cli.EXIT_DONE
 
 
-def _document(name: str, sets: list[str]) -> PlanDocument:
+def _advice(found: dict[str, list[str]]) -> str:
+    return "".join(f"\n{heading}\n" + "".join(f"  {line}\n" for line in lines) for heading, lines in found.items())
+
+
+def _document(name: str, sets: list[str], cache: dict[Any, Any] | None = None) -> PlanDocument:
     """The plan of a plan file, a build folder, or a job."""
     found = _plan_file(name)
     if found is None:
-        return _planned(read_job(name, sets), {})
+        return _planned(read_job(name, sets), {} if cache is None else cache)
     if sets:
         raise SpecError(f"--set {sets[0]}: changes a job, but {name} is a plan that is made already")
     from autopar.plan.file import read_plan

@@ -61,6 +61,7 @@ class Program:
     adapters: list[Adapter] = field(default_factory=list)  # what PEFT passes train, in order
     precision: dict[str, str] | None = None  # compute, master, frozen, reduce → dtype names, set by a pass
     respecialize: Callable[[Program, dict[str, int]], Program] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what was computed of it; not cloned
 
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
         yield OUTER, self.graph
@@ -90,6 +91,7 @@ class Program:
             initial=dict(self.initial),
             adapters=list(self.adapters),
             precision=None if self.precision is None else dict(self.precision),
+            memo={},
         )
 
     def at(self, *, batch: int | None = None, length: int | None = None) -> Program:

@@ -28,7 +28,7 @@ def why(document: PlanDocument, name: str) -> str:
     """What the plan says of a node (``block_0.linear_2`` or a bare ``linear_2``) or of a parameter (its name or a glob).
 
     Raises `PlanError` naming the nearest names where there is none."""
-    nodes = _nodes(document, name)
+    nodes = nodes_of(document, name)
     if nodes:
         return "\n\n".join("\n".join(_node(document, graph, node)) for graph, node in nodes)
     names = [p for p in document.plan.placements if p == name or fnmatchcase(p, name)]
@@ -37,7 +37,7 @@ def why(document: PlanDocument, name: str) -> str:
     raise PlanError(f"why: the plan has no node and no parameter {name!r}{_near(document, name)}")
 
 
-def _nodes(document: PlanDocument, name: str) -> list[tuple[str, str]]:
+def nodes_of(document: PlanDocument, name: str) -> list[tuple[str, str]]:
     """The graph and name of every node that is meant."""
     name = name.removeprefix("%")
     graph, _, node = name.partition(".")

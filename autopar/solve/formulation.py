@@ -14,6 +14,7 @@ placeholders, so the chain agrees by itself. An edge with one reader needs no y:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import fx
 
@@ -21,12 +22,13 @@ from autopar.cost import collective, compute
 from autopar.cost.operators import kept_by
 from autopar.cost.regions import Prices
 from autopar.cost.values import Value, local_numel, reads, tensor, tensors
+from autopar.errors import PlanError
 from autopar.ir.program import Program
 from autopar.sharding.placement import Placement
 from autopar.sharding.redistribute import moves
 from autopar.sharding.strategy import Strategy
 from autopar.solve.assignment import Assignment, Key
-from autopar.solve.linear import Linear, minimize
+from autopar.solve.linear import Linear, minimize, run
 from autopar.solve.options import Choices, Edge, Item, Want, choices, wanted
 
 HELD = 2e-14
@@ -144,6 +146,17 @@ class Formulation:
             if item.node.op != "output":
                 chosen[key] = item.options[best]
         return Assignment(self.degree, chosen, done.objective, done.bound, done.relaxed, tuple(self.found.unsplit))
+
+    def held(self, key: Key, option: Strategy, seconds: float) -> float | None:
+        """The objective of the relaxation with one node's strategy held fast; None where nothing goes with it."""
+        columns = self.x[key]
+        chosen = columns[self.found.items[key].options.index(option)]
+        problem = replace(self.linear, **{k: list(v) for k, v in vars(self.linear).items()})
+        problem.constraint([(chosen, 1.0)], 1.0, 1.0)
+        try:
+            return run(problem, seconds, relax=True).objective
+        except PlanError:
+            return None
 
 
 def move_seconds(v: Value, p: Placement, w: Want, prices: Prices, once: bool = False) -> float | None:

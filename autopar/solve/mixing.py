@@ -13,7 +13,9 @@ def whole_batches(program: Program, job: Job) -> Job:
 
     Raises `PlanError`, naming the operators, where the pins ask for more.
     """
-    found = mixes_batch(program)
+    found = program.memo.setdefault("mixes_batch", None)
+    if found is None:
+        found = program.memo["mixes_batch"] = mixes_batch(program)
     if not found or job.batch is None:
         return job
     pins, sequences = job.pins, job.batch.sequences

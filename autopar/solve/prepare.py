@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from autopar.solve.pipeline import Blocks, Candidate, Setting, blocks
 from autopar.solve.space import divisors
 from autopar.solve.stages import sharding_of, walk
 from autopar.spec.job import Job
+
+Made = TypeVar("Made")
 
 SPLIT, WHOLE, GIVEN = "split", "whole", "given"
 """Assignments along tp: parameters split wherever they can be (least memory), or whole where that is faster; or a plan's own."""
@@ -66,13 +68,24 @@ class Source:
     def static(self, batch: int) -> Program:
         """The static program of a micro-batch."""
         if batch not in self.statics:
-            made = (
-                self.program.at(batch=batch, length=self.length)
-                if isinstance(self.program, Program)
-                else self.program(batch)
-            )
-            self.statics[batch] = made
+            self.statics[batch] = self.remembered("static", (batch,), lambda: self.made_static(batch))
         return self.statics[batch]
+
+    def made_static(self, batch: int) -> Program:
+        if isinstance(self.program, Program):
+            return self.program.at(batch=batch, length=self.length)
+        return self.program(batch)
+
+    def remembered(self, kind: str, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What ``make`` gives, once for a program: another plan of the same one needs most of it again.
+
+        ``key`` holds everything it depends on but the program and the length, as values."""
+        if not isinstance(self.program, Program):
+            return make()
+        memo, key = self.program.memo, (kind, self.length, *key)
+        if key not in memo:
+            memo[key] = make()
+        return memo[key]
 
     # ---------------------------------------------------------------- assignments along tp
 
@@ -92,16 +105,19 @@ class Source:
         if tp == 1:
             return replicated()
         if (tp, variant) not in self.assignments:
-            program = self.static(self.least_batch)
-            self.assignments[tp, variant] = assign(
-                program,
-                tp,
-                self.prices(tp),
-                self.pins.sequence_parallel,
-                self.job.search.seconds,
-                spare=variant == SPLIT,
-            )
+            key = (tp, variant, self.least_batch, self.pins.sequence_parallel, priced(self.prices(tp)))
+            self.assignments[tp, variant] = self.remembered("assignment", key, lambda: self.assigned(tp, variant))
         return self.assignments[tp, variant]
+
+    def assigned(self, tp: int, variant: str) -> Assignment:
+        return assign(
+            self.static(self.least_batch),
+            tp,
+            self.prices(tp),
+            self.pins.sequence_parallel,
+            self.job.search.seconds,
+            spare=variant == SPLIT,
+        )
 
     def adopt(self, plan: Plan) -> str:
         """The variant of a given plan's own choices."""
@@ -116,7 +132,10 @@ class Source:
     def profile_of(self, tp: int, variant: str, batch: int) -> Profile:
         key = (tp, variant, batch)
         if key not in self.profiles:
-            self.profiles[key] = profile(self.static(batch), self.assignment(tp, variant), self.prices(tp))
+            prices = self.prices(tp)
+            make = lambda: profile(self.static(batch), self.assignment(tp, variant), prices)  # noqa: E731
+            whole = (*key, self.least_batch, self.pins.sequence_parallel, priced(prices))
+            self.profiles[key] = make() if variant == GIVEN else self.remembered("profile", whole, make)
         return self.profiles[key]
 
     # ---------------------------------------------------------------- lower bounds
@@ -203,6 +222,11 @@ class Source:
         times[0] += first
         times[-1] += last
         return max(sum(times[:d]) + c.microbatches * sum(times[d :: c.mesh.pp]) for d in range(c.mesh.pp))
+
+
+def priced(prices: Prices) -> Prices:
+    """What seconds depend on: how much memory a device has is no part of it."""
+    return replace(prices, device=replace(prices.device, memory=0))
 
 
 def balanced(times: list[float], first: float, last: float, stages: int) -> tuple[float, list[tuple[int, int]]]:
