@@ -61,7 +61,9 @@ def enriched(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
         every(cluster, lambda g: replace(g, device=replace(g.device, memory=1000 * g.device.memory))),
     )
     for span, place in (("host", "inside a host"), ("cluster", "between hosts")):
-        if any(k.span == span for k in (*cluster.links, *(k for g in cluster.groups for k in g.links))):
+        if (span == "host" or cluster.hosts > 1) and any(
+            k.span == span for k in (*cluster.links, *(k for g in cluster.groups for k in g.links))
+        ):
             yield f"{MORE:.0%} more bandwidth {place}", faster(cluster, span)
 
 
