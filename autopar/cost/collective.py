@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from autopar.cluster import AxisLink
 from autopar.sharding.redistribute import Collective
 
 TREE = 0.92
 """Bandwidth of NCCL's tree beside its ring's, where it leaves a host (NCCL src/graph/tuning.cc: .92 for trees of LL128)."""
-CONTENTION = 0.15
-"""Share of a device's units that a collective over NVLink takes from the compute it hides behind: Calculon's
-a100_80g.json and h100_80g_nvl8.json, ``processor_usage`` of the first network."""
+CONTENTION = 0.45
+"""Share of its own time by which a collective delays the products it runs beside: its kernels hold units that a wave of
+tiles then lacks, and memory bandwidth and power with them. From two rows of the llm-foundry tables (13b, 2,048 tokens,
+micro-batch 2, eight devices: A100 and H100), the only ones where sharded states are most of what is left to explain."""
 
 
 def gather(bytes: float, link: AxisLink) -> float:
@@ -85,3 +88,8 @@ def seconds(kind: Collective, bytes: float, link: AxisLink) -> float:
 def send(bytes: float, link: AxisLink) -> float:
     """One message to a neighbour along an axis."""
     return link.latency + bytes / (link.bandwidth * link.efficiency) if link.members > 1 and bytes else 0.0
+
+
+def behind(talk: np.ndarray | float, compute: np.ndarray | float) -> np.ndarray:
+    """Seconds that show of a collective run behind a computation: what is longer, and what it takes from it meanwhile."""
+    return np.maximum(0.0, np.asarray(talk) - compute) + CONTENTION * np.minimum(talk, compute)

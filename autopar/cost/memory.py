@@ -71,6 +71,22 @@ def states(sharding: Sharding, trained: Number, frozen: Number, unit: Number, un
     )
 
 
+def handled_bytes(sharding: Sharding, trained: Number, frozen: Number) -> tuple[Number, Number]:
+    """Bytes that a micro-batch moves, forward and backward, to bring parameters to where they are computed with and their
+    gradients to where they add up.
+
+    FSDP2 copies what it gathered to each parameter (``split_with_sizes_copy``); gradients are copied into one buffer of
+    the dtype they are summed in (``chunk_cat``), or, where whole ones add up over micro-batches, added there. The copy in
+    the compute dtype that `states` counts is made once a step.
+    """
+    p, n = sharding.precision, sharding.split
+    once = 2 * p.compute.itemsize * (trained + frozen) if sharding.zero == 3 and n > 1 else 0 * trained
+    if sharding.zero > 1 and n > 1:
+        return once, once + (p.compute.itemsize + p.reduce.itemsize) * trained
+    sums = p.reduce if sharding.zero else p.gradients
+    return once, once + (p.compute.itemsize + 2 * sums.itemsize if sharding.accumulates else 0) * trained
+
+
 def optimizer_bytes(sharding: Sharding, trained: Number, clip: bool) -> Number:
     """Bytes that one optimizer step moves: each tensor read once, all but the gradient written once; with ``clip`` the
     gradients are read for their norm, read and written again; a computed-with copy is written where it is held."""

@@ -12,7 +12,7 @@ import numpy as np
 from autopar.cluster import AxisLink, Cluster
 from autopar.cost import collective
 from autopar.cost.compute import moving
-from autopar.cost.memory import Sharding, optimizer_bytes
+from autopar.cost.memory import Sharding, handled_bytes, optimizer_bytes
 from autopar.cost.precision import Precision
 from autopar.cost.regions import Region
 from autopar.plan.plan import MeshShape
@@ -102,10 +102,12 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     trained, frozen = np.array([h.trained for h in holds], float), np.array([h.frozen for h in holds], float)
     gather = travel(collective.gather, link, p.compute.itemsize * (trained + frozen))
     reduce = travel(collective.gather, link, p.reduce.itemsize * trained)
+    handled = handling(candidate, setting, trained, frozen)
+    forward, backward = forward + handled[0], backward + handled[1]
     if zero == 3 and dp > 1:
-        extra_f, extra_b = np.maximum(0, gather - forward), np.maximum(0, gather + reduce - backward)
+        extra_f, extra_b = collective.behind(gather, forward), collective.behind(gather + reduce, backward)
     elif zero == 2 and dp > 1:
-        extra_f, extra_b = np.zeros(n), np.maximum(0, reduce - backward)
+        extra_f, extra_b = np.zeros(n), collective.behind(reduce, backward)
     else:
         extra_f, extra_b = np.zeros(n), np.zeros(n)
     working = np.array(
@@ -142,6 +144,14 @@ def travel(collective: Callable[[float, AxisLink], float], link: AxisLink, sizes
     (rest, slope), (more, less) = lines(collective, link)
     array = np.asarray(sizes, float)
     return np.where(array > 0, np.minimum(rest + slope * array, more + less * array), 0.0)
+
+
+def handling(candidate: Candidate, setting: Setting, trained: Array, frozen: Array) -> tuple[Array, Array]:
+    """Seconds of a micro-batch, forward and backward, for moving parameters and gradients on the device itself."""
+    accumulates = candidate.microbatches > 1 or candidate.mesh.pp > 1
+    sharding = Sharding(candidate.zero, candidate.mesh.dp_shard, setting.precision, setting.moments, accumulates)
+    made = handled_bytes(sharding, trained, frozen)
+    return tuple(along(lambda b: moving(setting.cluster.device, b), bytes) for bytes in made)  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=4096)
@@ -188,11 +198,11 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     if mesh.dp > 1 and (zero <= 1 or mesh.dp_replicate > 1):
         whole = reduced(stage.trained)
         hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
-        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), whole - hidden)
+        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), collective.behind(whole, hidden))
     if mesh.dp > 1 and zero in (1, 2):
         fetch = travel(collective.gather, within, p.compute.itemsize * stage.all)
         first = travel(collective.gather, within, p.compute.itemsize * stage.largest)
-        exposed = exposed + np.maximum(np.minimum(fetch, first), fetch - stage.forward)
+        exposed = exposed + np.maximum(np.minimum(fetch, first), collective.behind(fetch, stage.forward))
     if mesh.tp > 1:
         size = p.gradients.itemsize * stage.partial / sharding.split
         exposed = exposed + travel(collective.all_reduce, tp, size)
