@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autopar.runtime.sources import Source
 
 WEIGHTS = "weights.safetensors"
+CHECKPOINTS = "checkpoints"  # of a run, in its build folder
 ADDED = "added.safetensors"  # first values of the parameters that passes added
 
 
@@ -77,34 +78,53 @@ class Executable:
             values = {n: program.tensors[n].detach().cpu().contiguous().clone() for n in program.read()}
             save_file(values, folder / WEIGHTS)
             return [{"files": WEIGHTS}]
-        found: list[dict[str, Any]] = []
-        if program.initial:
-            save_file(self.added(), folder / ADDED)
-            found.append({"files": ADDED})
-        if origin.weights is not None:
-            from autopar.models.checkpoint import read_checkpoint
-
-            tensors = {n: p.detach() for n, p in read_checkpoint(origin.weights).named_parameters()}  # tied: once
-            save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
-            return [*found, {"files": WEIGHTS}, {"seed": self.job.train.seed, "buffers_only": True}]
+        seed: dict[str, Any] = {"seed": self.job.train.seed}
+        base: list[dict[str, Any]] = [seed]
         if origin.hf is not None and origin.config is None:
-            from autopar.models.huggingface import spelling
-
             path = Path(origin.hf).expanduser().resolve()
-            found.append({"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path), **spelling(origin.hf)})
-            return [*found, {"seed": self.job.train.seed, "buffers_only": True}]  # a missing parameter is an error
-        return [*found, {"seed": self.job.train.seed}]
+            seed["buffers_only"] = True  # a missing parameter is an error
+            base = [{"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path)}, seed]
+        if not program.initial:
+            return base
+        save_file(self.added(folder, base), folder / ADDED)
+        return [{"files": ADDED}, *base]
 
-    def added(self) -> dict[str, torch.Tensor]:
-        """Values of the parameters that passes added: as they are, or as they begin."""
+    def added(self, folder: Path, base: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Values of the parameters that passes added: as they are, or as they begin, some from the ``base`` weights."""
+        from autopar.runtime.materialize import chain
+        from autopar.sharding.placement import R
+
         assert self.program is not None
         program, seed = self.program, self.job.train.seed
-        return {
-            n: initial.make(n, program.parameters[n].shape, program.parameters[n].dtype, seed)
-            if (t := program.tensors[n]).is_meta
-            else t.detach().cpu().contiguous().clone()
-            for n, initial in program.initial.items()
-        }
+        measured = any(i.kind == "norms" and program.tensors[n].is_meta for n, i in program.initial.items())
+        source = chain(folder, base, self.builder()) if measured else None
+        found: dict[str, torch.Tensor] = {}
+        for name, initial in program.initial.items():
+            shape, dtype = program.parameters[name].shape, program.parameters[name].dtype
+            if not (held := program.tensors[name]).is_meta:
+                found[name] = held.detach().cpu().contiguous().clone()
+            elif initial.kind == "norms":
+                assert source is not None
+                found[name] = initial.measured(source.read(initial.of, R, 0, 1)).to(dtype)
+            else:
+                found[name] = initial.make(name, shape, dtype, seed)
+        return found
+
+    def save_adapter(self, folder: str | Path, checkpoint: str | Path | None = None) -> Path:
+        """Write what the PEFT passes train in peft's own format.
+
+        The values are those of ``checkpoint`` (a ``step-N`` folder or one of several; default: the build folder's own
+        latest), or the program's where nothing was trained from a folder yet.
+        """
+        from autopar.ir import adapters
+        from autopar.runtime import adapter
+
+        if self.folder is not None and (checkpoint is not None or (self.folder / CHECKPOINTS).exists()):
+            where = Path(checkpoint) if checkpoint is not None else self.folder / CHECKPOINTS
+            return adapters.save(adapter.listed(self.folder), adapter.of_checkpoint(self.folder, where), folder)
+        if self.program is None:
+            raise PlanError(f"{self.folder}: it was not trained yet: there is no checkpoint to take the adapter from")
+        return self.program.save_adapter(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Executable:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from autopar.errors import PlanError
+from autopar.ir import adapters
 from autopar.ir.program import Program
 from autopar.lower import collectives
 from autopar.lower.emit import emit
@@ -83,6 +84,8 @@ def build(
             weights = [*weights, {"files": "constants.safetensors"}]
         manifest |= {"weights": weights, "precision": program.precision or {}}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        if program.adapters:
+            (part / "adapters.json").write_text(adapters.dump(program.adapters))
         if page is not None:
             (part / "plan.html").write_text(page)
         return placed(part, folder)

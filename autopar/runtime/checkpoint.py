@@ -30,8 +30,9 @@ STATE = "state.json"
 LATEST = "latest"
 
 
-def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Path:
-    """Write ``root/step-N`` and point ``root/latest`` to it. Collective.
+def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None, *, trainable_only: bool = False) -> Path:
+    """Write ``root/step-N`` and point ``root/latest`` to it. Collective. With ``trainable_only`` frozen parameters are left
+    out: an adapter's checkpoint, which is loaded over the same base weights.
 
     Everything is written into a new folder that is renamed when complete: a rank that dies, or a disk that fills, at
     any moment leaves the previous checkpoint as it was. Raises RuntimeFault on all ranks if writing fails on any.
@@ -40,14 +41,16 @@ def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None) -> Pat
     target, partial = _free(root, step), root / f".step-{step}.partial"
     _on_first(engine, lambda: _fresh(partial))
     try:
-        with _quiet():
-            write_shards(dict(_tensors(engine, engine.held)), checkpoint_id=partial, no_dist=world.mesh is None)
+        with quiet():
+            tensors = dict(_tensors(engine, chosen(engine, trainable_only)))
+            write_shards(tensors, checkpoint_id=partial, no_dist=world.mesh is None)
     except CheckpointException as error:  # raised on every rank when any fails
         _on_first(engine, lambda: shutil.rmtree(partial, ignore_errors=True))
         raise RuntimeFault(
             f"{target}: the checkpoint could not be written ({_cause(error)}); the previous one is kept"
         ) from None
-    state = {"step": step, "updates": _updates(engine), "optimizer": engine.optimizer.options.name, **(extra or {})}
+    extra = {**({"trainable_only": True} if trainable_only else {}), **(extra or {})}
+    state = {"step": step, "updates": _updates(engine), "optimizer": engine.optimizer.options.name, **extra}
     if engine.scale:
         state["scale"] = engine.scale.state()
     world.barrier()
@@ -61,13 +64,16 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     Raises CheckpointError naming the tensors that are missing, of another shape, or unknown to the model.
     """
     folder = locate(path)
-    state, metadata = read_state(folder), _metadata(folder)
+    state, metadata = read_state(folder), metadata_of(folder)
     ours = engine.optimizer.options.name
     if state["optimizer"] != ours:
         raise CheckpointError(f"{folder}: holds the state of {state['optimizer']}, the job's optimizer is {ours}")
-    _check(folder, metadata, _expected(engine))
-    with _quiet():
-        read_shards(dict(_tensors(engine, engine.held)), checkpoint_id=folder, no_dist=engine.world.mesh is None)
+    only = bool(state.get("trainable_only"))
+    _check(folder, metadata, _expected(engine, only))
+    with quiet():
+        read_shards(
+            dict(_tensors(engine, chosen(engine, only))), checkpoint_id=folder, no_dist=engine.world.mesh is None
+        )
     _copy_tied(engine)
     skipped = state.get("scale", {}).get("skipped", 0)
     if engine.scale and "scale" in state:
@@ -115,11 +121,17 @@ def _tensors(engine: Engine, held: list[Held]) -> Iterator[tuple[str, Pieces]]:
                 yield f"optim.{h.name}.{key}", Pieces(h.shard.shape, tensor, h.shard.pieces(tensor))
 
 
-def _expected(engine: Engine) -> dict[str, tuple[int, ...]]:
+def chosen(engine: Engine, trainable_only: bool) -> list[Held]:
+    return [h for h in engine.held if h.entry.trainable or not trainable_only]
+
+
+def _expected(engine: Engine, trainable_only: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of everything that a checkpoint of this model holds, over all stages."""
     wanted: dict[str, tuple[int, ...]] = {}
     for stage in engine.manifest.stages:
         for item in stage.parameters:
+            if trainable_only and not item.trainable:
+                continue
             name = engine.manifest.canonical(item.name)
             wanted[f"model.{name}"] = item.shape
             if item.trainable:
@@ -135,7 +147,7 @@ def _check(folder: Path, metadata: Metadata, wanted: dict[str, tuple[int, ...]])
     materialize.report(f"{folder}: its tensors", missing, wrong, unexpected)
 
 
-def _metadata(folder: Path) -> Metadata:
+def metadata_of(folder: Path) -> Metadata:
     try:
         return FileSystemReader(folder).read_metadata()
     except Exception as error:
@@ -179,7 +191,7 @@ def _free(root: Path, step: int) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without DCP's remark that there is one process only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError
-from autopar.runtime import checkpoint, gradients, materialize, pipeline, zero
+from autopar.runtime import adapter, checkpoint, gradients, materialize, pipeline, zero
 from autopar.runtime.batch import microbatches
 from autopar.runtime.folder import BuildFolder
 from autopar.runtime.gather import buffers, gather
@@ -166,10 +166,21 @@ class Engine:
         """End this rank's process with status 0 when the others are done too, in place of ``destroy_process_group``."""
         leave()
 
-    def save(self, path: str | Path) -> Path:
-        """Write a sharded checkpoint ``path/step-N`` that loads under any plan, and point ``path/latest`` to it."""
-        return checkpoint.save(self, Path(path))
+    def save(self, path: str | Path, *, trainable_only: bool = False) -> Path:
+        """Write a sharded checkpoint ``path/step-N`` that loads under any plan, and point ``path/latest`` to it.
+
+        ``trainable_only``: without the frozen parameters, which a run that loads it takes from where it began.
+        """
+        return checkpoint.save(self, Path(path), trainable_only=trainable_only)
 
     def load(self, path: str | Path) -> None:
         """Read a checkpoint (a ``step-N`` folder, or the folder that holds it), saved under any plan."""
         checkpoint.load(self, Path(path))
+
+    def save_adapter(self, folder: str | Path) -> Path:
+        """Write what the PEFT passes trained in peft's own format, whatever the plan; only that is gathered."""
+        return adapter.save(self, Path(folder))
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Fill the adapter's parameters from a folder that `save_adapter` or peft wrote."""
+        adapter.load(self, Path(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,19 +22,24 @@ LISTED = 8  # tensors named in one message
 
 
 def source_of(folder: Path, manifest: Manifest, build: Callable[[], nn.Module] | None = None) -> Source:
-    """The sources that ``manifest.weights`` lists; for each tensor the first that has it gives it.
+    """Where a build folder's values come from. See `chain`."""
+    return chain(folder, manifest.weights, build)
+
+
+def chain(folder: Path, weights: list[dict[str, Any]], build: Callable[[], nn.Module] | None = None) -> Source:
+    """The sources that a manifest's ``weights`` list; for each tensor the first that has it gives it.
 
     ``{"files": path}``, ``{"gguf": path}`` (both take ``"ignore": [globs]``, files also ``"prefix"``, see `Files`; paths
     are relative to the folder) and
     ``{"seed": n}`` (needs ``build``; with ``"buffers_only": true`` it gives no parameters).
     """
-    seeds = [e for e in manifest.weights if "seed" in e]
+    seeds = [e for e in weights if "seed" in e]
     if seeds and build is None:
         raise AutoparError(f"{folder}: weights come from a seed: that needs `build`, a function that makes the model")
     made = [Seeded(build, e["seed"], buffers_only=e.get("buffers_only", False)) for e in seeds if build is not None]
     names = made[0].names if made else frozenset()
     sources: list[Source] = []
-    for entry in manifest.weights:
+    for entry in weights:
         if "seed" in entry:
             sources.append(made.pop(0))
         elif "files" in entry:
