@@ -136,7 +136,12 @@ def _sentencepiece(new: NewTokenizer, texts: Texts) -> bytes:
     lines = (line for text in texts() for line in text.splitlines(keepends=False) if line.strip())
     options: dict[str, Any] = {"byte_fallback": True, "character_coverage": 0.9995, "minloglevel": 2}
     options |= {"normalization_rule_name": "nmt_nfkc_cf"} if new.lowercase else {"normalization_rule_name": "identity"}
-    options |= {"remove_extra_whitespaces": False, "max_sentence_length": LONGEST, "eos_piece": new.end}
+    options |= {
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "max_sentence_length": LONGEST,
+        "eos_piece": new.end,
+    }
     write: Callable[..., None] = sentencepiece.SentencePieceTrainer.train
     try:
         write(
