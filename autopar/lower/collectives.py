@@ -166,6 +166,30 @@ def vocabulary_embedding(weight: torch.Tensor, ids: torch.Tensor, padding: int, 
     return found.masked_fill(outside.unsqueeze(-1), 0)
 
 
+def split_index(source: torch.Tensor, dim: int, index: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
+    """Entries ``index`` (any shape) of dim ``dim``, over which ``source`` is split: parts, zero where another rank has them."""
+    local, outside = own_entries(source, dim, index, tp)
+    found = torch.ops.aten.index.Tensor(source, [None] * dim + [local])
+    return found.masked_fill(outside.view(*index.shape, *[1] * (source.dim() - dim - 1)), 0)
+
+
+def split_gather(source: torch.Tensor, dim: int, index: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
+    """`torch.gather` along the dim over which ``source`` is split: parts, zero where another rank has the entry."""
+    local, outside = own_entries(source, dim, index, tp)
+    return source.gather(dim, local).masked_fill(outside, 0)
+
+
+def own_entries(
+    source: torch.Tensor, dim: int, index: torch.Tensor, tp: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where this rank holds the entries ``index`` of the whole (0 for those it does not), and which it does not."""
+    count = source.shape[dim]
+    index = torch.where(index < 0, index + count * tp.size(), index)
+    local = index - tp.rank() * count
+    outside = (local < 0) | (local >= count)
+    return local.masked_fill(outside, 0), outside
+
+
 class VocabularyCrossEntropy(torch.autograd.Function):
     """Cross-entropy of logits split over classes: three small all-reduces, no rank holds all logits."""
 

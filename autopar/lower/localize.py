@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from autopar.ir.ops import operands
 from autopar.lower import collectives
@@ -269,6 +270,10 @@ def special_call(
     if strategy.special == "vocab_embedding":
         padding = args[2] if len(args) > 2 else -1
         return collectives.vocabulary_embedding, (args[0], args[1], padding, GROUP), {}
+    if strategy.special == "split_lookup":
+        source, index = (n for n in tree_leaves((args, kwargs)) if isinstance(n, fx.Node))
+        found = collectives.split_gather if node.target is aten.gather.default else collectives.split_index
+        return found, (source, strategy.inputs[0].dim, index, GROUP), {}
     if strategy.special == "vocab_cross_entropy":
         bound = arguments(node)
         reduction = ("none", "mean", "sum")[bound["reduction"]]

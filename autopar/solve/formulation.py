@@ -13,7 +13,7 @@ placeholders, so the chain agrees by itself. An edge with one reader needs no y:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import fx
@@ -171,10 +171,12 @@ def move_seconds(v: Value, p: Placement, w: Want, prices: Prices, once: bool = F
 
 
 def assign(
-    program: Program, degree: int, prices: Prices, sequence: bool | None = None, seconds: float = 30, spare: bool = False
+    program: Program, degree: int, prices: Prices, sequence: bool | None = None, seconds: float = 30, spare: bool = False,
+    pinned: Mapping[str, str] | None = None,
 ) -> Assignment:  # fmt: skip
     """The fastest assignment of a static program along an axis of ``degree`` devices.
 
-    ``spare``: parameters are split wherever they can be, whatever else would be faster. ``sequence``: see `choices`.
+    ``spare``: parameters are split wherever they can be, whatever else would be faster. ``sequence``, ``pinned``:
+    see `choices`.
     """
-    return Formulation(program, choices(program, degree, sequence), degree, prices, spare).solve(seconds)
+    return Formulation(program, choices(program, degree, sequence, pinned), degree, prices, spare).solve(seconds)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import fx
 
 from autopar.cost.values import Value, dims, flows, is_view, reads, stored, tensor, tensors, value
-from autopar.errors import PlanError
+from autopar.errors import PlanError, suggestion
 from autopar.ir.program import OUTER, Program
 from autopar.sharding.patterns import collect_patterns
-from autopar.sharding.placement import P, Placement, R
+from autopar.sharding.placement import P, Placement, R, parse
 from autopar.sharding.redistribute import grad_placement
 from autopar.sharding.rule import is_unsplit, strategies
 from autopar.sharding.strategy import Strategy
@@ -61,11 +62,13 @@ class Choices:
     unsplit: list[str] = field(default_factory=list)
 
 
-def choices(program: Program, degree: int, sequence: bool | None = None) -> Choices:
+def choices(
+    program: Program, degree: int, sequence: bool | None = None, pinned: Mapping[str, str] | None = None
+) -> Choices:
     """Items and edges of a static program on ``degree`` devices.
 
     ``sequence`` True: what flows from block to block must be split over the sequence; False: nothing may be split over it.
-    Raises `PlanError` where that is impossible.
+    ``pinned``: globs of parameters and where they must live. Raises `PlanError` where that is impossible.
     """
     found = Choices()
     counts: dict[str, int] = {}
@@ -78,6 +81,8 @@ def choices(program: Program, degree: int, sequence: bool | None = None) -> Choi
     add_placeholders(program, found, degree, sequence)
     if sequence:
         split_stream(program, found, degree)
+    for glob, text in (pinned or {}).items():
+        pin(program, found, degree, glob, parse(text))
     return found
 
 
@@ -202,6 +207,33 @@ def add_placeholders(program: Program, found: Choices, degree: int, sequence: bo
         item.options = [
             Strategy((), (p,)) for p in options if placeable((item.node, 0), p, sequence) and fits(item.node, p)
         ]
+
+
+def pin(program: Program, found: Choices, degree: int, glob: str, placement: Placement) -> None:
+    """Keep of the parameters that ``glob`` names only one option. Instances of a block share it: naming one pins all."""
+    named = [(n, home(program, n)) for n in placeholders(program.graph) if fnmatchcase(str(n.meta["name"]), glob)]
+    named = [(n, key) for n, key in named if n.meta["kind"] == "parameter" and key in found.items]
+    if not named:
+        raise PlanError(f"placements: no parameter is called '{glob}'{suggestion(glob, program.parameters)}")
+    for node, key in named:
+        item = found.items[key]
+        kept = [s for s in item.options if s.outputs[0] == placement]
+        if not kept:
+            shape, known = list(tensor((node, 0)).shape), ", ".join(str(s.outputs[0]) for s in item.options)
+            raise PlanError(
+                f"placements: {node.meta['name']} of shape {shape} cannot be {placement} on tp={degree}; "
+                f"it can be one of {known}"
+            )
+        item.options = kept
+
+
+def home(program: Program, node: fx.Node) -> Key:
+    """The item that says where an outer placeholder lives."""
+    if not owned(node):
+        return OUTER, node.name
+    call = next(iter(node.users))
+    body = str(call.target)
+    return body, placeholders(program.blocks[body])[call.args.index(node)].name
 
 
 def fits(node: fx.Node, placement: Placement) -> bool:

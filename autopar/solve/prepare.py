@@ -105,7 +105,8 @@ class Source:
         if tp == 1:
             return replicated()
         if (tp, variant) not in self.assignments:
-            key = (tp, variant, self.least_batch, self.pins.sequence_parallel, priced(self.prices(tp)))
+            pinned = (self.pins.sequence_parallel, tuple((self.pins.placements or {}).items()))
+            key = (tp, variant, self.least_batch, pinned, priced(self.prices(tp)))
             self.assignments[tp, variant] = self.remembered("assignment", key, lambda: self.assigned(tp, variant))
         return self.assignments[tp, variant]
 
@@ -117,6 +118,7 @@ class Source:
             self.pins.sequence_parallel,
             self.job.search.seconds,
             spare=variant == SPLIT,
+            pinned=self.pins.placements,
         )
 
     def adopt(self, plan: Plan) -> str:

@@ -31,7 +31,10 @@ def meshes(devices: int, per_host: int, blocks: int, sequences: int, pins: Pins)
             f"pins {named} take {product} devices a copy, which does not divide the {devices} devices there"
         )
     found = []
-    for tp in [pins.tp] if pins.tp else [d for d in divisors(devices) if d <= per_host]:
+    split = [f"{glob}: {text}" for glob, text in (pins.placements or {}).items() if text != "R"]
+    if split and (pins.tp or devices) == 1:
+        raise PlanError(f"placements {', '.join(split)} need tp > 1")
+    for tp in [pins.tp] if pins.tp else [d for d in divisors(devices) if d <= per_host and (d > 1 or not split)]:
         for pp in [pins.pp] if pins.pp else divisors(devices // tp):
             if devices % (tp * pp) or pp > max(1, blocks):
                 continue

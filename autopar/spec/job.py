@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import field_validator, model_validator
+from pydantic import StringConstraints, field_validator, model_validator
 
 from autopar.spec.base import Count, Flag, Fraction, NonNegative, Positive, Spec, Whole
 from autopar.spec.cluster import ClusterSpec, read_cluster
@@ -16,6 +16,7 @@ from autopar.spec.source import Source
 
 Schedule = Literal["gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble", "zbvzerobubble", "dualpipev"]
 Beta = Fraction
+Placed = Annotated[str, StringConstraints(pattern=r"^(R|S\(\d+(\|\d+(,\d+)*)?\))$")]
 
 
 class Batch(Spec):
@@ -69,6 +70,7 @@ class Pins(Spec):
     """Decisions fixed by hand; None leaves one to the solver. ``microbatch``: sequences per replica per micro-batch.
 
     ``dp_shard``: among how many devices ZeRO divides; ``dp_replicate``: how many times that is done; dp is the product.
+    ``placements``: globs of parameters and where they live along tp, ``R`` or ``S(0)``; a block's instances are alike.
     """
 
     tp: Count | None = None
@@ -83,6 +85,7 @@ class Pins(Spec):
     virtual_stages: Count | None = None
     sequence_parallel: Flag | None = None
     recompute: Literal["none", "selective", "full"] | None = None
+    placements: dict[str, Placed] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -122,6 +122,16 @@ def test_the_vocabulary_may_be_split_in_embedding_and_loss():
     assert not any(s.special for s in strategies(loss, 5))
 
 
+def test_the_dim_looked_up_in_may_be_split_where_one_index_reads_it():
+    experts = example(aten.index.Tensor, tensor(4, 6, 5), [integers(9, high=4)]).node
+    assert Strategy((S(0), R), (P,), "split_lookup") in strategies(experts, 2)
+    assert not any(s.special for s in strategies(experts, 3))
+    two = example(aten.index.Tensor, tensor(4, 6), [integers(8, high=4), integers(8, high=6)]).node
+    assert not any(s.special for s in strategies(two, 2))
+    broadcasting = example(aten.take_along_dim.default, tensor(4, 6), integers(1, 3, high=6), 1).node
+    assert not any(s.special for s in strategies(broadcasting, 2))
+
+
 def test_a_partial_truth_does_not_exist():
     node = example(aten.sum.default, truths(4, 6)).node
     assert all(P not in s.inputs for s in strategies(node, 2))

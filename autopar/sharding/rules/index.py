@@ -1,6 +1,11 @@
-"""Look-ups: embedding, gather, index_select, advanced indexing, one_hot. The dims looked up in stay whole."""
+"""Look-ups: embedding, gather, index_select, advanced indexing, one_hot.
+
+The dims looked up in stay whole, or are split: then each device looks up what it has, and the sum is the look-up.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,12 +38,33 @@ def embedding(node: fx.Node) -> str:
     return f"v! e ~, {term(ids)} -> {term([*ids, 'e'], '~')}"
 
 
+def split_lookup(node: fx.Node, degree: int) -> list[Strategy]:
+    """Each device holds a part of the one dim looked up in (a table's rows, the experts of a mixture) and finds what it has,
+    zeros elsewhere. (`take_along_dim` broadcasts: its dims are not the source's.)"""
+    at = None if node.target is aten.take_along_dim.default else looked_up(node)
+    source: Any = node.args[0]
+    if at is None or shape(source)[at] % degree or not source.meta["val"].is_floating_point():
+        return []
+    return [Strategy((S(at), R), (P,), "split_lookup")]
+
+
+def looked_up(node: fx.Node) -> int | None:
+    """The dim that a call looks up in by one tensor of whole numbers; None where that is not so."""
+    bound = arguments(node)
+    if node.target is not aten.index.Tensor:
+        return wrap(bound["dim"], len(shape(bound["self"])))
+    at = [i for i, x in enumerate(bound["indices"]) if x is not None]
+    return at[0] if len(at) == 1 and bound["indices"][at[0]].meta["val"].dtype != torch.bool else None
+
+
 @rule(
     aten.gather.default,
     aten.take_along_dim.default,
+    special=split_lookup,
     examples=[
         example(aten.gather.default, tensor(4, 5), 1, integers(4, 6, high=5)),
         example(aten.gather.default, tensor(4, 6, 7), -1, integers(4, 2, 3, high=7)),
+        example(aten.gather.default, tensor(5, 12, 3), 1, integers(4, 8, 3, high=12)),
     ],
 )
 def gather(node: fx.Node) -> str | None:
@@ -54,7 +80,11 @@ def gather(node: fx.Node) -> str | None:
 
 @rule(
     aten.index_select.default,
-    examples=[example(aten.index_select.default, tensor(4, 5, 6), 1, integers(12, high=5))],
+    special=split_lookup,
+    examples=[
+        example(aten.index_select.default, tensor(4, 5, 6), 1, integers(12, high=5)),
+        example(aten.index_select.default, tensor(4, 6, 5), -2, integers(8, high=6)),
+    ],
 )
 def index_select(node: fx.Node) -> str:
     names = letters(len(shape(node.args[0])))
@@ -66,7 +96,10 @@ def index_select(node: fx.Node) -> str:
 
 @rule(
     aten.index.Tensor,
+    special=split_lookup,
     examples=[
+        example(aten.index.Tensor, tensor(4, 6, 5), [integers(12, high=4)]),
+        example(aten.index.Tensor, tensor(5, 12, 6), [None, integers(2, 3, high=12)]),
         example(aten.index.Tensor, tensor(5, 4, 6), [None, integers(2, 3, high=4)]),
         example(aten.index.Tensor, tensor(5, 4, 6), [integers(6, 1, high=5), integers(8, high=4)]),
         example(aten.index.Tensor, tensor(5, 4, 3), [integers(6, high=5), None, integers(6, high=3)]),

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from autopar.sharding.call import arguments
+from autopar.sharding.rules.index import looked_up
 
 Shards = list[list[torch.Tensor]]
 
@@ -30,6 +31,26 @@ def _rows(weight: torch.Tensor, ids: torch.Tensor, rank: int, padding: int) -> t
     mine = padding - start if padding >= 0 and start <= padding < start + count else -1
     found = torch.ops.aten.embedding.default(weight, (ids - start) * here, mine)
     return found * here.unsqueeze(-1)
+
+
+def split_lookup(node: fx.Node, shards: Shards, degree: int) -> Shards:
+    """Entries outside of the device's range give zeros: the sum over devices is the look-up."""
+    at = looked_up(node)
+    assert at is not None
+    return [
+        [_found(node, source, index + (index < 0) * degree * source.shape[at], at, r)]
+        for r, (source, index) in enumerate(zip(*shards, strict=True))
+    ]
+
+
+def _found(node: fx.Node, source: torch.Tensor, index: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    count, start = source.shape[dim], rank * source.shape[dim]
+    here = (index >= start) & (index < start + count)
+    local = (index - start) * here
+    if node.target is torch.ops.aten.gather.default:
+        return source.gather(dim, local) * here
+    found = torch.ops.aten.index.Tensor(source, [None] * dim + [local])
+    return found * here.view(*here.shape, *[1] * (source.dim() - dim - 1))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -96,6 +117,7 @@ def vocab_linear_cross_entropy(node: fx.Node, shards: Shards, degree: int) -> Sh
 
 SPECIAL: dict[str, Callable[[fx.Node, Shards, int], Shards]] = {
     "vocab_embedding": vocab_embedding,
+    "split_lookup": split_lookup,
     "vocab_cross_entropy": vocab_cross_entropy,
     "vocab_linear_cross_entropy": vocab_linear_cross_entropy,
 }
