@@ -145,11 +145,11 @@ def document_of(plan: Plan) -> PlanDocument:
 def one_process(
     program: Program, model: nn.Module, batch: Mapping[str, torch.Tensor], job: Job, loss: Loss | None
 ) -> Run:
-    """The unmodified model, eager; a program that passes changed (other parameters) runs as the program itself."""
-    changed = set(program.parameters) != {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    frozen = any(not p.trainable for p in program.parameters.values()) and changed
-    module: nn.Module = program.module() if changed or frozen else Objective(model, loss)
-    prefix = "" if changed or frozen else "model."
+    """The unmodified model, eager; a program that passes changed (other parameters, or others frozen) runs as itself."""
+    trains = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+    changed = trains != {n: p.trainable for n, p in program.parameters.items()}
+    module: nn.Module = program.module() if changed else Objective(model, loss)
+    prefix = "" if changed else "model."
     values = {n: t.detach().clone() for n, t in module.state_dict(keep_vars=True).items()}
     training = module.training
     module.train()

@@ -20,6 +20,8 @@ from passes.peft.parts import Added, Maker, paths, record, replacing, turned, wi
 
 aten = torch.ops.aten
 DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+IN_FILES = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+"""What peft calls a tensor in its files, where not as in the model."""
 
 
 class Lora(Pass):
@@ -57,7 +59,11 @@ class Lora(Pass):
                 names = self.beside_linear(add, graph, layer, layer.view)
             else:
                 names = self.beside_embedding(add, graph, layer, layer.view)
-            tensors |= {f"base_model.model.{p}.{n}": Saved(parts=(f"{p}.{n}",)) for p in layer.paths for n in names}
+            tensors |= {
+                f"base_model.model.{p}.{IN_FILES.get(n, n)}": Saved(parts=(f"{p}.{n}",))
+                for p in layer.paths
+                for n in names
+            }
         record(program, self, "LORA", self.config(chosen), tensors, DECISIVE)
 
     def config(self, chosen: list[Layer]) -> dict[str, object]:

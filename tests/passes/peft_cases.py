@@ -33,14 +33,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@cache
 def model_of(kind: str, attention: str | None = None, **changes: Any) -> nn.Module:
+    """The one model of a kind, in float64."""
+    return made(kind, attention, tuple(changes.items()))
+
+
+@cache
+def made(kind: str, attention: str | None, changes: tuple[tuple[str, Any], ...]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name, config = MODELS[kind]
-    made = AutoConfig.for_model(name, **{"bos_token_id": 1, "eos_token_id": 2, **config, **changes})
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(made, attn_implementation=attention).double().train()
+    name, sizes = MODELS[kind]
+    config = AutoConfig.for_model(name, **{"bos_token_id": 1, "eos_token_id": 2, **sizes, **dict(changes)})
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # random bits depend on it
+    try:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().train()
+    finally:
+        torch.set_default_dtype(default)
 
 
 def batch_of(length: int = 10) -> dict[str, torch.Tensor]:
@@ -99,6 +109,13 @@ def ours(program: Program, batch: dict[str, torch.Tensor] | None = None) -> Resu
     return Result((total / count).detach(), gradients, sum(named[n].numel() for n in gradients))
 
 
+def loss_of(program: Program) -> torch.Tensor:
+    """The mean loss alone."""
+    with float64():
+        total, count = program.module()(**batch_of())
+    return (total / count).detach()
+
+
 def opened(kind: str, folder: Path, attention: str | None = None) -> nn.Module:
     """The adapter folder as `PeftModel.from_pretrained` opens it on the same model."""
     from peft import PeftModel
@@ -106,10 +123,10 @@ def opened(kind: str, folder: Path, attention: str | None = None) -> nn.Module:
     config = json.loads((folder / "adapter_config.json").read_text())
     prompt = "num_virtual_tokens" in config  # peft opens these for inference only
     with float64():
-        made = PeftModel.from_pretrained(copy.deepcopy(model_of(kind, attention)), str(folder), is_trainable=not prompt)
-        for parameter in made.prompt_encoder.parameters() if prompt else ():
+        peft = PeftModel.from_pretrained(copy.deepcopy(model_of(kind, attention)), str(folder), is_trainable=not prompt)
+        for parameter in peft.prompt_encoder.parameters() if prompt else ():
             parameter.requires_grad_(True)
-        return made.double().train()
+        return peft.double().train()
 
 
 def theirs(peft: nn.Module, batch: dict[str, torch.Tensor] | None = None) -> Result:
@@ -138,4 +155,4 @@ def file_name(parameter: str) -> str:
     """A parameter's name in peft's file: without the adapter's own name."""
     if parameter.startswith("prompt_encoder."):
         return "prompt_embeddings"
-    return parameter.replace(".default", "")
+    return parameter.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")

@@ -1,108 +1,111 @@
-"""lora against Hugging Face peft, and what it says to wrong targets."""
+"""lora and dora against Hugging Face peft, and what they say to wrong targets."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
 import autopar
-from autopar.errors import PassError
-from autopar.ir.promote import Promoted
+from autopar.api import compile_job
+from autopar.errors import CheckpointError, PassError
+from autopar.models.load import build
+from autopar.runtime.seeded import Seeded
+from autopar.sharding.placement import R
+from autopar.spec.job import Job
+from tests.passes.peft_cases import (
+    adapted,
+    assert_same,
+    batch_of,
+    float64,
+    loss_of,
+    model_of,
+    opened,
+    ours,
+    theirs,
+    traced,
+)  # fmt: skip
 
-SMALL = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=61)
-FAMILIES = {
-    "llama": ({**SMALL, "num_key_value_heads": 2}, ["q_proj", "v_proj"], ["query", "value"]),
-    "gpt2": (dict(n_embd=48, n_layer=3, n_head=4, vocab_size=61), ["c_attn"], ["query_key_value"]),
-    "bloom": (dict(hidden_size=48, n_layer=3, n_head=4, vocab_size=61), ["query_key_value"], ["query_key_value"]),
-    "falcon": (
-        dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_kv_heads=2, vocab_size=61,
-             new_decoder_architecture=True),
-        ["query_key_value", "dense"],
-        ["query_key_value", "output"],
-    ),
-    "glm": ({**SMALL, "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0}, ["q_proj", "v_proj"], ["query", "value"]),
-}  # fmt: skip
-
-
-def model_of(kind: str, config: dict[str, object]) -> nn.Module:
-    from autopar.models.load import build
-
-    config = {**config, **{k: 0.0 for k in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if kind == "gpt2"}}
-    return build({"hf": kind, "config": config}, meta=False).double()
-
-
-def batch_of(vocab: int = 61) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, vocab, (3, 10), generator=generator)
-    return {"input_ids": ids, "labels": ids.clone()}
+TARGETS = {
+    "llama": ["query", "value"],
+    "gpt2": ["query_key_value", "down"],  # weights stored (in, out)
+    "bloom": ["query_key_value"],
+    "falcon": ["query_key_value", "output"],
+    "glm": ["query", "value"],
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", list(FAMILIES))
-def test_logits_loss_and_adapter_gradients_equal_pefts(kind: str) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_saved_adapter_is_the_same_model_in_peft_and_merged(kind: str, method: str, tmp_path: Path) -> None:
+    options = {"rank": 4, "alpha": 6, "targets": TARGETS[kind], "rank_stabilized": kind == "llama"}
+    program = adapted(kind, {method: options})
+    result = ours(program)
+    program.save_adapter(tmp_path)
+    assert_same(program, result, theirs(opened(kind, tmp_path)))
+    merged = program.merge()
+    assert not merged.adapters and not merged.initial and "lora" not in str(merged)
+    assert torch.allclose(loss_of(merged), result.loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_peft_trained_is_opened(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config, theirs, ours = FAMILIES[kind]
-    model, batch = model_of(kind, config), batch_of()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Promoted():
-            program = autopar.rewrite(
-                autopar.trace(model, batch),
-                [{"lora": {"rank": 4, "alpha": 6, "targets": ours, "rank_stabilized": True}}],
-            )
-            module = program.module()
-            peft = get_peft_model(
-                model, LoraConfig(r=4, lora_alpha=6, target_modules=theirs, use_rslora=True, lora_dropout=0.0)
-            )
-            peft = peft.double()
-            values = {n: p for n, p in peft.named_parameters() if p.requires_grad}
-            fill(module, values)
-            loss, count = module(**batch)
-            (loss / count).backward()
-            reference = peft(**batch, use_cache=False).loss
-            reference.backward()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.allclose(loss / count, reference, rtol=1e-12, atol=0)
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == sum(p.numel() for p in values.values())
-    for name, parameter in trained.items():
-        grad = values[peft_name(name)].grad
-        assert (parameter.grad - grad).norm() <= 1e-9 * grad.norm() + 1e-15, name
-    frozen = [n for n, p in module.named_parameters() if not p.requires_grad and p.grad is not None]
-    assert frozen == []
+    model = copy.deepcopy(model_of("llama"))
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights=False)
+    with float64():
+        peft = get_peft_model(model, config).double()
+        peft.save_pretrained(tmp_path)
+        wanted = peft(**batch_of()).loss
+    options = {"rank": 4, "alpha": 6, "dora": True, "targets": ["query", "value"]}
+    program = adapted("llama", {"lora": options}).load_adapter(tmp_path)
+    assert torch.allclose(loss_of(program), wanted, rtol=1e-12, atol=0)
+    with pytest.raises(CheckpointError, match="lora_alpha is 6, the program's lora has 7.0"):
+        adapted("llama", {"lora": {**options, "alpha": 7}}).load_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match="missing .*k_proj"):
+        adapted("llama", {"lora": {**options, "targets": ["query", "key", "value"]}}).load_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match="peft_type is 'LORA', the program's ia3 has 'IA3'"):
+        adapted("llama", {"ia3": {}}).load_adapter(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        program.load_adapter(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="no adapter"):
+        traced("llama").save_adapter(tmp_path)
 
 
-def peft_name(name: str) -> str:
-    path, kind, _ = name.rsplit(".", 2)
-    return f"base_model.model.{path}.{kind}.default.weight"
+def test_dora_begins_as_the_base_model_with_or_without_dropout() -> None:
+    base = loss_of(traced("llama"))
+    with float64():
+        program = autopar.rewrite(traced("llama"), [{"dora": {"rank": 4, "targets": ["query", "gate"]}}])
+        dropped = autopar.rewrite(traced("llama"), [{"dora": {"rank": 4, "dropout": 0.5, "targets": ["query"]}}])
+    assert torch.allclose(loss_of(program), base, rtol=1e-12, atol=0)
+    assert torch.allclose(loss_of(dropped), base, rtol=1e-12, atol=0)  # what is dropped is scaled by m/‖W‖ − 1 = 0
 
 
-def fill(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """The same adapter in both: random, B included, so that A's gradient is not zero."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
-                values[peft_name(name)].copy_(parameter)
+def test_doras_first_norms_come_from_the_weights_that_a_job_names(tmp_path: Path) -> None:
+    model = {"family": "llama", "layers": 1, "hidden": 16, "ffn": 24, "heads": 2, "vocab": 32}
+    job = Job.model_validate({"model": model, "cluster": {"name": "local-cpu", "devices_per_host": 1}, "batch": {"sequences": 2, "length": 4},
+                              "passes": [{"dora": {"rank": 2, "targets": ["query"]}}]})  # fmt: skip
+    compile_job(job, tmp_path)
+    [(name, norms)] = [(n, t) for n, t in load_file(tmp_path / "added.safetensors").items() if "magnitude" in n]
+    weight = name.replace("lora_magnitude_vector.weight", "weight")
+    source = Seeded(lambda: build(job.model, meta=True), job.train.seed)
+    assert torch.allclose(norms, source.read(weight, R, 0, 1).float().norm(dim=1))
 
 
 def test_a_target_of_one_layer_adapts_that_layer_alone() -> None:
-    model = model_of("llama", FAMILIES["llama"][0])
-    program = autopar.rewrite(
-        autopar.trace(model, batch_of()), [{"lora": {"rank": 2, "targets": ["model.layers.1.mlp.up_proj"]}}]
-    )
+    program = autopar.rewrite(traced("llama"), [{"lora": {"rank": 2, "targets": ["model.layers.1.mlp.up_proj"]}}])
     trainable = [n for n, p in program.parameters.items() if p.trainable]
     assert trainable == ["model.layers.1.mlp.up_proj.lora_A.weight", "model.layers.1.mlp.up_proj.lora_B.weight"]
     assert len(program.blocks) == 2
 
 
 def test_an_embedding_can_be_adapted_and_starts_as_the_base_model() -> None:
-    model, batch = model_of("llama", FAMILIES["llama"][0]), batch_of()
-    base = autopar.rewrite(autopar.trace(model, batch))
+    base, batch = traced("llama"), batch_of()
     program = autopar.rewrite(base, [{"lora": {"rank": 2, "targets": ["embedding"]}}])
     assert torch.equal(base.module()(**batch)[0], program.module()(**batch)[0])
     module = program.module()
@@ -113,7 +116,7 @@ def test_an_embedding_can_be_adapted_and_starts_as_the_base_model() -> None:
 
 
 def test_an_unknown_target_is_refused_with_the_roles_there_are() -> None:
-    program = autopar.trace(model_of("llama", FAMILIES["llama"][0]), batch_of())
+    program = traced("llama")
     with pytest.raises(
         PassError, match=r"lora: no linear layer or embedding has the role or the name 'q_porj'.*query.*value"
     ):
@@ -122,15 +125,15 @@ def test_an_unknown_target_is_refused_with_the_roles_there_are() -> None:
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"targets": []}, {"dropout": 1.5}, {"rnak": 8}])
 def test_impossible_options_are_refused_by_name(options: dict[str, object]) -> None:
-    program = autopar.trace(model_of("llama", FAMILIES["llama"][0]), batch_of())
+    program = traced("llama")
     with pytest.raises(PassError, match=f"lora: .*{next(iter(options)).replace('rnak', 'rank')}"):
         autopar.rewrite(program, [{"lora": options}])
 
 
 def test_a_tied_head_is_adapted_apart_from_its_embedding() -> None:
-    config = {**FAMILIES["llama"][0], "tie_word_embeddings": True}
-    program = autopar.rewrite(
-        autopar.trace(model_of("llama", config), batch_of()), [{"lora": {"rank": 2, "targets": ["lm_head"]}}]
-    )
+    model = copy.deepcopy(model_of("llama", tie_word_embeddings=True))
+    program = autopar.rewrite(autopar.trace(model, batch_of()), [{"lora": {"rank": 2, "targets": ["lm_head"]}}])
     trainable = [n for n, p in program.parameters.items() if p.trainable]
     assert trainable == ["lm_head.lora_A.weight", "lm_head.lora_B.weight"]
+    with pytest.raises(PassError, match="is tied to another layer"):
+        program.merge()
