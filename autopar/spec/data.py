@@ -59,7 +59,7 @@ class NewTokenizer(Spec):
 
     ``bpe``, ``byte_bpe`` (GPT-2's), ``wordpiece`` and ``unigram`` make a tokenizer.json; ``sentencepiece_unigram`` and
     ``sentencepiece_bpe`` a SentencePiece model that falls back to bytes. ``vocab``: tokens, special ones included.
-    ``file``: where to keep it; a file that is there already is used as it is.
+    ``file``: where to keep it, from the job's folder; a file that is there already is used as it is.
     """
 
     train: Literal["bpe", "byte_bpe", "wordpiece", "unigram", "sentencepiece_unigram", "sentencepiece_bpe"]
@@ -88,7 +88,9 @@ def _kind(value: Any) -> str:
 
 
 ObjectiveField = Annotated[Objective, BeforeValidator(_named)]
-TokenizerField = Annotated[Annotated[str, Tag("name")] | Annotated[NewTokenizer, Tag("a new one")], Discriminator(_kind)]
+TokenizerField = Annotated[
+    Annotated[str, Tag("name")] | Annotated[NewTokenizer, Tag("a new one")], Discriminator(_kind)
+]
 
 
 class Data(Spec):
@@ -151,6 +153,9 @@ def locate(data: Data, source: Source, folder: Path | None) -> Data:
             message = f"data.tokenizer: no such file or folder '{data.tokenizer}' ('bytes' needs none)"
             raise source.error(message, ("data", "tokenizer"))
         changed["tokenizer"] = found
+    elif isinstance(data.tokenizer, NewTokenizer) and data.tokenizer.file:
+        kept = bases[-1] / Path(data.tokenizer.file).expanduser()
+        changed["tokenizer"] = data.tokenizer.model_copy(update={"file": str(kept)})
     if data.template is not None and is_file(data.template):
         found = _existing(data.template, bases)
         if found is None:
