@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[hf,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[hf,dev,triton]'
 	touch $@
 
 demo: install

@@ -80,7 +80,9 @@ def compiled(launch: Launch, capability: int) -> Compiled:
 
     signature, constants, attributes = specialized(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    made = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={**launch.options, "enable_fp_fusion": True}
+    )
     registers, spilled = usage(made.asm["cubin"])
     found = tuple(sorted(set(TENSOR_CORES.findall(made.asm["ptx"]))))
     return Compiled(launch.kernel.__name__, registers, spilled, made.metadata.shared, found)

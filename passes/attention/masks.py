@@ -16,7 +16,7 @@ from torch import fx
 from autopar.ir.causal import ancestors, computed, numbers
 from autopar.ir.program import Program
 from autopar.ir.specialize import meaning
-from passes.attention.written import UnlikeError
+from passes.attention.written import ABSORBS, UnlikeError
 
 aten = torch.ops.aten
 TRIALS = ({"batch": 2, "sequence": 9}, {"batch": 3, "sequence": 13})
@@ -82,7 +82,7 @@ def hidden(mask: torch.Tensor) -> torch.Tensor:
         return ~mask
     if not mask.is_floating_point():
         raise UnlikeError(f"its mask holds {mask.dtype}")
-    return mask <= torch.finfo(mask.dtype).min / 2  # lowest plus a bias is not lowest, and hides as well
+    return mask <= max(torch.finfo(mask.dtype).min / 2, ABSORBS)  # lowest plus a bias is not lowest, and hides as well
 
 
 def band(mask: torch.Tensor) -> Mask:

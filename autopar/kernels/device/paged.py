@@ -95,7 +95,8 @@ def attend(
     group, sequences = heads // key_heads, table.shape[0]
     most = (longest or tokens) * group
     m = min(max(power_of_two(most), 16), 64)
-    n = 32 if query.is_cpu or query.dtype.itemsize > 2 or width > 128 else 64
+    n = 32 if query.is_cpu or query.dtype.itemsize > 2 or width > 64 else 64
+    warps, stages = (8 if m * width > 64 * 64 else 4), (1 if width > 128 else 2)  # so that nothing spills on sm_80
     blocks, room = -(-most // m), table.shape[1] * page
     parts = max(min(programs(query.device) // 2 // (blocks * sequences * key_heads), room // 256), 1)
     part = -(-room // parts // n) * n
@@ -109,7 +110,7 @@ def attend(
             tokens, heads, group, key_heads, page, window, part, *query.stride()[:2], *keys.stride()[:3],
             *values.stride()[:3], table.shape[1], D=width, DV=of_values, BLOCK_D=max(power_of_two(width), 16),
             BLOCK_V=max(power_of_two(of_values), 16), M=m, N=n, WINDOW=window > 0, CAP=softcap > 0,
-            ACC=accumulator(query.dtype), PRECISION=precision(query.dtype), num_warps=4, num_stages=2,
+            ACC=accumulator(query.dtype), PRECISION=precision(query.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if parts == 1:
         return out[0].to(query.dtype)
