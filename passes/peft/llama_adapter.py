@@ -69,7 +69,7 @@ class LlamaAdapter(Pass):
         )
         gate = add_parameter(program, core.graph, f"{core.path}.{NAMES[1]}", (heads,), dtype, Initial("constant"))
         with graph.inserting_before(seen.node):
-            sides = [source.of(side, prompt, self.tokens) for side in (seen.key, seen.value)]
+            sides = [source.of(bare(side), prompt, self.tokens) for side in (seen.key, seen.value)]
         with replacing(graph, seen.node, core.path) as (make, made):
             key, value = (make(aten.expand.default, s, [query.shape[0], *s.meta["val"].shape[1:]]) for s in sides)
             options: dict[str, Any] = {"scale": seen.scale, "enable_gqa": seen.grouped}
@@ -105,7 +105,7 @@ class Projections:
     def __init__(self, program: Program, graph: fx.Graph, core: Core) -> None:
         self.graph, self.core = graph, core
         self.names = {w: symbols_of(program, w) for w in ("batch", "sequence")}
-        self.x = self.read(core.seen.key)
+        self.x = self.read(bare(core.seen.key))
         self.way = downstream(self.x)
         self.done: dict[fx.Node, fx.Node] = {}
 
@@ -160,6 +160,11 @@ class Projections:
 
     def sized(self, node: fx.Node) -> list[int]:
         return sequence_dims(node, self.names["batch"] | self.names["sequence"])
+
+
+def bare(side: fx.Node) -> fx.Node:
+    """Keys or values without the prefix that another adapter put before them."""
+    return side.args[0][1] if "adapter" in side.meta and side.target is aten.cat.default else side  # type: ignore[index]
 
 
 def downstream(node: fx.Node) -> set[fx.Node]:

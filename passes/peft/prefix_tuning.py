@@ -134,6 +134,8 @@ class PrefixTuning(Pass):
                 make(aten.cat.default, [shaped(make, prefix, side, core.heads), side], -2)
                 for prefix, side in zip(prefixes, sides, strict=True)
             ]
+        for made in longer:
+            made.meta["adapter"] = self.name
         node.args = (node.args[0], *longer, *node.args[3:])
 
     def repeated(self, make: Maker, core: Core, side: fx.Node) -> fx.Node:
