@@ -77,6 +77,7 @@ MOVES = {
         pp=2, dp=1, tp=2, microbatches=4, schedule="interleaved1f1b", virtual=2
     ),
     "ZeRO 1": plan_of(dp=4, zero=1, microbatches=1),
+    "ZeRO 2 over 2 of 4": plan_of(dp=4, replicate=2, zero=2, microbatches=1),
     "ZeRO 0": plan_of(dp=2, zero=0, microbatches=2),
     "one device": plan_of(microbatches=4),
     "pipeline with ZeRO 3": plan_of(pp=2, dp=2, zero=3, microbatches=2),

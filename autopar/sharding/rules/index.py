@@ -65,14 +65,16 @@ def looked_up(node: fx.Node) -> int | None:
         example(aten.gather.default, tensor(4, 5), 1, integers(4, 6, high=5)),
         example(aten.gather.default, tensor(4, 6, 7), -1, integers(4, 2, 3, high=7)),
         example(aten.gather.default, tensor(5, 12, 3), 1, integers(4, 8, 3, high=12)),
+        example(aten.take_along_dim.default, tensor(4, 6), integers(1, 3, high=6), 1),
     ],
 )
 def gather(node: fx.Node) -> str | None:
-    """Along the other dims an index of the same length goes with the tensor; a shorter one reads a part of it."""
-    old, new = shape(node.args[0]), shape(node)
-    if arguments(node)["dim"] is None:
+    """Along the other dims an index of the same length goes with the tensor; a shorter one reads a part of it. None for an
+    index that is broadcast, or that counts through the flattened tensor."""
+    old, new, bound = shape(node.args[0]), shape(node), arguments(node)
+    if bound["dim"] is None or shape(bound.get("index", bound.get("indices"))) != new:
         return None
-    dim = wrap(arguments(node)["dim"], len(old))
+    dim = wrap(bound["dim"], len(old))
     source = [f"a{i}" if i != dim and n == m else f"x{i}!" for i, (n, m) in enumerate(zip(old, new, strict=True))]
     index = [f"a{i}" if i == dim or n == m else f"y{i}!" for i, (n, m) in enumerate(zip(old, new, strict=True))]
     return f"{term(source, '~')}, {term(index)} -> {term(index, '~')}"
