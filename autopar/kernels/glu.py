@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from autopar.errors import KernelError, suggestion
 from autopar.kernels.backend import on_triton, wide
 
+aten = torch.ops.aten
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -35,8 +35,7 @@ def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
         return backward(grad, gate, up, activation)
     dtype = wide(gate.dtype)
     g, x, u = grad.to(dtype), gate.to(dtype), up.to(dtype)
-    value, slope = activated(x, activation), derivative(x, activation)
-    return (g * u * slope).to(gate.dtype), (g * value).to(up.dtype)
+    return backward_of(g * u, x, activation).to(gate.dtype), (g * activated(x, activation)).to(up.dtype)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -52,17 +51,13 @@ def activated(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def derivative(x: Tensor, activation: str) -> Tensor:
+def backward_of(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """The gradient of x from that of its activation."""
     if activation == "silu":
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
+        return aten.silu_backward(grad, x)
     if activation == "relu":
-        return (x > 0).to(x.dtype)
-    if activation == "gelu":
-        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    k, c = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(k * (x + c * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * c * x * x)
+        return aten.threshold_backward(grad, x, 0)
+    return aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def check(gate: Tensor, up: Tensor, activation: str) -> None:
