@@ -317,7 +317,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("detach", "alias", "to", "to_copy", "type_as", "lift_fresh_copy", "masked_fill", "where"), pointwise
     ),
-    **dict.fromkeys(("softplus", "copy", "tril", "triu", "rrelu_with_noise"), pointwise),
+    **dict.fromkeys(("and", "or", "xor", "softplus", "copy", "tril", "triu", "rrelu_with_noise"), pointwise),
     **dict.fromkeys(("ones_like", "zeros_like", "empty_like", "full_like", "new_ones", "new_zeros"), lambda call: FREE),
     **dict.fromkeys(("new_full", "new_empty", "rand_like", "randn_like"), lambda call: FREE),
 }

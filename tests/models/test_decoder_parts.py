@@ -175,7 +175,7 @@ def mixture(mlp, x, spec):
             gate, up, down = (getattr(mlp.experts, part)[e] for part in ("gate", "up", "down"))
             out[i] = out[i] + spec.scale * every[e] / total * (down @ (F.silu(gate @ token) * (up @ token)))
         if mlp.shared is not None:
-            share = 1 if mlp.shared_gate is None else (mlp.shared_gate.weight @ token).sigmoid()
+            share = 1 if mlp.shared_router is None else (mlp.shared_router.weight @ token).sigmoid()
             out[i] = out[i] + share * mlp.shared(token)
     return out
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def make(experts: Any, tokens: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
     """The mixture (tokens, hidden) of `ExpertWeights`; scores and chosen (tokens, top)."""
     count = experts.gate.shape[0]
-    share = (F.one_hot(chosen, count).to(scores.dtype) * scores.unsqueeze(-1)).sum(dim=1)  # (tokens, experts)
+    taken = chosen.unsqueeze(-1) == torch.arange(count, device=chosen.device)
+    share = (taken.to(scores.dtype) * scores.unsqueeze(-1)).sum(dim=1)  # (tokens, experts)
     each = tokens.unsqueeze(0).expand(count, -1, -1)
     gate = torch.bmm(each, experts.gate.transpose(1, 2))
     up = torch.bmm(each, experts.up.transpose(1, 2))

@@ -43,7 +43,7 @@ class MixtureMLP(nn.Module):
         self.experts = ExpertWeights(spec, spec.moe.experts, inner, output_std)
         self.mixed = part("dispatch", spec.moe.dispatch)
         self.shared = gated.make(spec, spec.moe.shared, output_std) if spec.moe.shared else None
-        self.shared_gate = (
+        self.shared_router = (
             Linear(spec.hidden, 1, bias=False, std=spec.initializer.std) if spec.moe.shared_gate else None
         )
 
@@ -54,7 +54,7 @@ class MixtureMLP(nn.Module):
         out = self.mixed(self.experts, tokens, scores.to(tokens.dtype), chosen)
         if self.shared is not None:
             shared = self.shared(tokens)
-            out = out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(tokens)) * shared)
+            out = out + (shared if self.shared_router is None else torch.sigmoid(self.shared_router(tokens)) * shared)
         return out.view(batch, length, size)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
