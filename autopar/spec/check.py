@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.errors import PlanError, SpecError
+from autopar.spec.data import Data, NewTokenizer
 from autopar.spec.job import Job, Pins
 from autopar.spec.origin import ModelOrigin, place
 
@@ -18,6 +19,7 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # Hugging 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _INTERLEAVED = ("interleaved1f1b", "interleavedzerobubble")
+BYTES_AND_SPECIAL = 260  # bytes, and the four special tokens of blank infilling
 _TWO_VIRTUAL = ("zbvzerobubble", "dualpipev")  # torch's V-shaped schedules have two stages on each rank
 
 
@@ -64,7 +66,24 @@ def check_job(job: Job) -> None:
     if job.model is None or job.cluster is None or job.batch is None:
         missing = [key for key in ("model", "cluster", "batch") if getattr(job, key) is None]
         raise SpecError(f"the job has no {' and no '.join(missing)}")
+    _check_data(job.data, job.model)
     check_pins(job.pins, sizes(job.model), job.cluster.devices, job.batch.sequences, job.batch.length)
+
+
+def _check_data(data: Data, model: ModelOrigin) -> None:
+    """Raise SpecError where the objective or the tokenizer cannot go with the model."""
+    decoder, glm = model.decoder, data.objective.name == "glm"
+    if glm and model.python is None and (decoder is None or decoder.positions != "rope_2d"):
+        positions = f"has positions: {decoder.positions}" if decoder is not None else "is none"
+        raise SpecError(
+            f"data.objective: glm needs a declared model with positions: rope_2d (family: chatglm); {model} {positions}"
+        )
+    if decoder is None:
+        return
+    made = data.tokenizer.vocab if isinstance(data.tokenizer, NewTokenizer) else 0
+    made = BYTES_AND_SPECIAL if glm and data.tokenizer == "bytes" else made
+    if made > decoder.vocab:
+        raise SpecError(f"data.tokenizer: it makes {made} tokens; the model's vocabulary has {decoder.vocab}")
 
 
 def check_length(job: Job) -> None:

@@ -8,11 +8,13 @@ import pytest
 
 from autopar.cli import main
 from autopar.errors import SpecError
+from autopar.spec.check import check_job
 from autopar.spec.data import Data
 from autopar.spec.job import Job
 from autopar.spec.load import load_job
 
 MODEL = "{family: llama, layers: 2, hidden: 16, ffn: 24, heads: 2, vocab: 260}"
+CHATGLM = "{family: chatglm, layers: 2, hidden: 16, heads: 2, vocab: 256}"
 BASE = f"model: {MODEL}\ncluster: local-cpu\nbatch: {{sequences: 2, length: 8}}\n"
 
 
@@ -59,6 +61,26 @@ def test_text_and_tokenizers_that_are_not_there_end_planning_with_status_2(tmp_p
         assert main([command, str(tmp_path / "job.yaml"), *more]) == 2
         assert f"{tmp_path / 'job.yaml'}:4: data." in capsys.readouterr().err
     assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            MODEL,
+            "objective: glm",
+            "glm needs a declared model with positions: rope_2d (family: chatglm); llama has positions: rope",
+        ),
+        ("{hf: glm, config: {}}", "objective: glm", "(family: chatglm); glm is none"),
+        (MODEL, "tokenizer: {train: bpe, vocab: 300}", "it makes 300 tokens; the model's vocabulary has 260"),
+        (CHATGLM, "objective: glm", "it makes 260 tokens; the model's vocabulary has 256"),
+    ],
+)
+def test_data_that_cannot_go_with_the_model_is_told_before_planning(tmp_path, model, data, message):
+    (tmp_path / "job.yaml").write_text(BASE.replace(MODEL, model) + f"data: {{{data}}}")
+    with pytest.raises(SpecError) as error:
+        check_job(load_job(tmp_path / "job.yaml"))
+    assert message in str(error.value)
 
 
 def test_tokenizers_and_templates_are_found_beside_the_job_and_kept_by_their_full_path(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def rows(spec: Dataset, fields: list[str]) -> Iterator[Record]:
 
 def _loaded(spec: Dataset) -> Any:
     try:
-        import datasets
+        datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise AutoparError("data.dataset: needs the package datasets (pip install datasets)") from None
     files = None if spec.files is None else {split: list(names) for split, names in spec.files.items()}

@@ -31,8 +31,10 @@ class Pretrained(Tokenizer):
             kind = type(self.model).__name__
             raise AutoparError(f"data.tokenizer: {kind} does not tell where tokens begin; give its tokenizer.json")
         asked = {"return_offsets_mapping": True} if starts else {}
-        found = self.model(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **asked)
-        places = found["offset_mapping"] if starts else [None] * len(texts)
+        found: Any = self.model(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **asked
+        )
+        places: Any = found["offset_mapping"] if starts else [None] * len(texts)
         return [
             Encoded(np.asarray(ids, np.uint32), None if at is None else np.asarray([a for a, _ in at], np.int64))
             for ids, at in zip(found["input_ids"], places, strict=True)
