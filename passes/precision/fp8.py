@@ -10,7 +10,7 @@ from torch import fx
 import autopar.kernels.fp8  # noqa: F401 (registers the operator)
 from autopar.errors import PassError
 from autopar.ir.edit import Layer, layers, select
-from autopar.ir.ops import Linear
+from autopar.ir.ops import Linear, view
 from autopar.ir.program import OUTER, Program
 from autopar.ir.rewrite import Numerics, Pass
 
@@ -44,7 +44,7 @@ class Fp8(Pass):
                 x for x in layers(program, (Linear,)) if x.graph != OUTER and not any(w % STEP for w in widths(x))
             ]
         for layer in chosen:
-            rounded(dict(program.graphs())[layer.graph], layer.view)  # type: ignore[arg-type]
+            rounded(dict(program.graphs())[layer.graph], layer.view.node)
 
     def refuse_odd(self, layer: Layer) -> None:
         if any(w % STEP for w in widths(layer)):
@@ -58,11 +58,13 @@ def widths(layer: Layer) -> tuple[int, ...]:
     return tuple(int(s) for s in layer.view.weight.meta["val"].shape)
 
 
-def rounded(graph: fx.Graph, view: Linear) -> None:
-    with graph.inserting_before(view.node):
+def rounded(graph: fx.Graph, linear: fx.Node) -> None:
+    seen = view(linear)  # anew: its input may be a layer that was rounded before
+    assert isinstance(seen, Linear), linear
+    with graph.inserting_before(linear):
         new = graph.call_function(
-            torch.ops.autopar.fp8_linear.default, (view.x, view.weight, view.bias, torch.float8_e4m3fn)
+            torch.ops.autopar.fp8_linear.default, (seen.x, seen.weight, seen.bias, torch.float8_e4m3fn)
         )
-    new.meta = dict(view.node.meta)
-    view.node.replace_all_uses_with(new)
-    graph.erase_node(view.node)
+    new.meta = dict(linear.meta)
+    linear.replace_all_uses_with(new)
+    graph.erase_node(linear)
