@@ -31,13 +31,12 @@ def paged_attention(
     table (sequences, pages), lengths (sequences) and starts (sequences + 1) are integers. Returns (tokens, heads, value width).
     """
     check(query, keys, values, table, lengths, starts)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if on_triton(query, True):
         from autopar.kernels.device.paged import attend
 
-        return attend(query, keys, values, table, lengths, starts, scale, window, softcap, longest)
-    return reference(query, keys, values, table, lengths, starts, scale, window, softcap)
+        return attend(query, keys, values, table, lengths, starts, factor, window, softcap, longest)
+    return reference(query, keys, values, table, lengths, starts, factor, window, softcap)
 
 
 def reference(

@@ -49,7 +49,7 @@ class FusedRotary(Pass):
 
 def rotation(node: fx.Node, sizes: dict[str, int]) -> tuple[fx.Node, fx.Node, fx.Node, bool] | None:
     """(x, cos, sin, interleaved) of a sum that turns the entries of x."""
-    sign = {aten.add.Tensor: 1, aten.sub.Tensor: -1}.get(node.target) if node.op == "call_function" else None
+    sign = 1 if is_node(node, aten.add.Tensor) else -1 if is_node(node, aten.sub.Tensor) else None
     products: Any = node.args
     if sign is None or node.kwargs or not all(is_node(a, aten.mul.Tensor) for a in products):
         return None
@@ -134,15 +134,14 @@ def four(make: Maker, table: fx.Node) -> fx.Node:
 
 def whole(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The node that puts turned entries and the rest together again, and what they were cut from; else the node and x."""
-    reader = next(iter(node.users), None)
+    reader: Any = next(iter(node.users), None)
     if len(node.users) != 1 or not is_node(reader, aten.cat.default) or not is_node(x, aten.slice.Tensor):
         return node, x
-    assert reader is not None
     parts: Any = reader.args[0]
     source: Any = x.args[0]
     size, dim = value(x).shape[-1], value(source).dim() - 1
     joined = len(parts) == 2 and parts[0] is node and reader.args[1:] in ((-1,), (dim,))
-    rest = parts[1] if joined else None
+    rest: Any = parts[1] if joined else None
     if not is_node(rest, aten.slice.Tensor) or rest.args[0] is not source:
         return node, x
     first, second = bounds(x), bounds(rest)
@@ -153,11 +152,11 @@ def whole(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def bounds(cut: fx.Node) -> tuple[int, int, int, int]:
     """(dim, start, end, step) of a slice, all counted from the front."""
-    shape = value(cut.args[0]).shape
-    dim, start, end, step = (*cut.args[1:], *(0, None, None, 1)[len(cut.args) - 1 :])
-    dim = dim % len(shape)  # type: ignore[operator]
+    shape, given = value(cut.args[0]).shape, tuple(cut.args[1:])
+    dim, start, end, step = (*given, *(0, None, None, 1)[len(given) :])  # type: ignore[misc]
+    assert isinstance(dim, int), cut
+    dim = dim % len(shape)
     length = shape[dim]
     if not isinstance(length, int):
         return dim, -1, -1, -1  # a slice of the batch or the sequence
-    begin, stop, step = slice(start, end, step).indices(length)  # type: ignore[arg-type]
-    return dim, begin, stop, step
+    return dim, *slice(start, end, step).indices(length)
