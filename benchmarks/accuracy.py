@@ -32,15 +32,15 @@ What the cost model says of runs that others published, each as a fully pinned j
     .venv/bin/python benchmarks/accuracy.py
 
 and checked in part by `tests/validation/`. Seconds are of one optimizer step. One curve per device type serves all tables;
-it is in `specs/clusters/` with its sources. **None of it was fitted to a row below**, except where the heading says so: the
+it is in `specs/clusters/` with its sources. **No number in it was fitted to a row below**, except where the heading says so: the
 share of the peak that products reach in training, and how much a collective delays what it runs beside, are from
 llm-foundry's tables.
 
 Our plans run PyTorch's own operators one by one, where Megatron-LM has kernels for scale, mask and softmax, for bias, dropout
 and residual; torch stops a recomputation as soon as it has what it needs, where Megatron runs all of it again. The two nearly
 cancel: selective recompute comes out too slow and full recompute too fast. Weights in the compute dtype count as cast once a
-step; at ZeRO 0 and with one replica the emitted code casts them in every micro-batch, which costs more. torchtitan's H100
-runs at 500 W instead of 700: its shares are H100's, times the cube root of the power above idle.
+step (decided with Megatron's tables in sight); at ZeRO 0 and with one replica the emitted code casts them in every
+micro-batch, which costs more. torchtitan's H100 runs at 500 W instead of 700: its shares are H100's, times the cube root of the power above idle.
 
 "apart": the run does what no plan of ours does, and counts in no mean; "like": the plan does something like it, and counts.
 """
