@@ -40,7 +40,8 @@ Our plans run PyTorch's own operators one by one, where Megatron-LM has kernels 
 and residual; torch stops a recomputation as soon as it has what it needs, where Megatron runs all of it again. The two nearly
 cancel: selective recompute comes out too slow and full recompute too fast. Weights in the compute dtype count as cast once a
 step (decided with Megatron's tables in sight); at ZeRO 0 and with one replica the emitted code casts them in every
-micro-batch, which costs more. torchtitan's H100 runs at 500 W instead of 700: its shares are H100's, times the cube root of the power above idle.
+micro-batch, which costs more. torchtitan's H100 runs at
+500 W instead of 700: its shares are H100's, times the cube root of the power above idle.
 
 "apart": the run does what no plan of ours does, and counts in no mean; "like": the plan does something like it, and counts.
 """
