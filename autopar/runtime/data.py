@@ -92,7 +92,7 @@ class Packed:
             return text
         shown = "\n  ".join(facts.messages)
         more = f"\n  … and {facts.broken - len(facts.messages)} more" if facts.broken > len(facts.messages) else ""
-        return f"{text}; {facts.broken} broken lines:\n  {shown}{more}\n"
+        return f"{text}; {facts.broken} broken line{'s' * (facts.broken > 1)}:\n  {shown}{more}"
 
     def batch(self, step: int) -> Batch:
         rows = np.arange(step * self.sequences, (step + 1) * self.sequences)

@@ -113,7 +113,7 @@ class Run:
     def go(self, resume: bool) -> None:
         batches = batches_of(self.read, self.world, self.engine.seed)
         start = self._start(resume)
-        self._say(f"{batches.describe()}; steps {start + 1} to {self.options.steps}")
+        self._say(f"steps {start + 1} to {self.options.steps}; {batches.describe()}")
         ahead = Ahead(batches, start, stop=self.options.steps, pin=self.world.device.type == "cuda")
         try:
             interrupted, lines = self._loop(ahead, start)

@@ -134,3 +134,12 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(AutoparError, match=r"bad\.json' cannot be read as a tokenizer"):
         tokenizer_of(str(tmp_path / "bad.json"))
     assert files_of(Data(), tmp_path) == []
+
+
+def test_broken_lines_are_told_when_training_begins(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n" * 25 + json.dumps({"text": "x" * 50}) + "\n")
+    told = batches_of(
+        BuildFolder.read(folder_of(tmp_path / "b", text=[str(tmp_path / "a.jsonl")])), ALONE, 0
+    ).describe()
+    assert "51 tokens of text in 1 documents" in told and "25 broken lines:" in told and "and 5 more" in told
+    assert f"{tmp_path}/a.jsonl:1: not JSON" in told and "a.jsonl:21" not in told
