@@ -59,7 +59,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "compare": (
         "architectures side by side",
         "Print models side by side: tokenizer, positions, norm, activation, attention, block, parameters, FLOPs, "
-        "activations and the KV cache. Models are names in specs/models or paths of model files.",
+        "activations and the KV cache, read off the traced graphs. Models are names in specs/models, model files, folders "
+        "of Hugging Face checkpoints or GGUF files.",
     ),
 }
 
@@ -92,7 +93,8 @@ def _arguments(name: str, command: argparse.ArgumentParser) -> None:
     elif name == "calibrate":
         add("-o", "--output", metavar="DEVICE.yaml", help="the cluster file to write (default: print it)")
     elif name == "compare":
-        add("models", nargs="+", metavar="MODEL", help="a name in specs/models, or a model file")
+        add("models", nargs="+", metavar="MODEL", help="a name in specs/models, a model file, or a checkpoint")
+        add("-o", "--output", metavar="PAGE.html", help="write the comparison, with bars, as one HTML page")
         add("--length", type=_count, default=2048, metavar="TOKENS", help="of sequences, for FLOPs and activations")
     elif name == "explain":
         add("job", metavar="JOB_OR_PLAN", help=f"{_JOB}, a plan file or a build folder")

@@ -298,24 +298,20 @@ def calibrate(args: argparse.Namespace, out: TextIO) -> int:
 
 def compare(args: argparse.Namespace, out: TextIO) -> int:
     """`autopar compare`: architectures side by side."""
-    from autopar.models.compare import compare_models
+    from autopar.compare.rows import compare_models
+    from autopar.compare.table import page, table
+    from autopar.plan.file import writable, write_text
 
+    if args.output:
+        writable(args.output)
     rows = compare_models(args.models, args.length)
+    if args.output:
+        write_text(args.output, page(rows, args.length))
     if args.json:
         cli.write_json(out, rows)
-        return cli.EXIT_DONE
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [keys, *([_cell(row.get(key)) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in columns]
-    for line in zip(*columns, strict=True):
-        out.write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() + "\n")
+    else:
+        out.write(f"wrote {args.output}\n" if args.output else table(rows))
     return cli.EXIT_DONE
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 HANDLERS: dict[str, Callable[[argparse.Namespace, TextIO], int]] = {

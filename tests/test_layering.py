@@ -19,6 +19,7 @@ ALLOWED = {  # part → parts it builds on; what those build on is allowed too
     "plan": {"cost", "sharding", "cluster"},
     "solve": {"plan"},
     "lower": {"plan", "sharding", "ir"},
+    "compare": {"models", "solve"},
     "runtime": {"lower", "plan", "cluster"},
 }
 FORBIDDEN = {  # although a part in between may

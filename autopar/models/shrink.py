@@ -8,7 +8,7 @@ from typing import Any
 
 from autopar.errors import SpecError
 from autopar.models.load import ModelSource, origin
-from autopar.spec.model import DecoderSpec
+from autopar.spec.model import DecoderSpec, Experts
 from autopar.spec.origin import ModelOrigin
 
 LAYERS = 5  # odd: no pipeline of two or four stages divides it
@@ -69,8 +69,21 @@ def _declared(spec: DecoderSpec) -> DecoderSpec:
         heads, kv_heads = _heads(spec.heads, spec.kv_heads)
         hidden = heads * HEAD_DIM
         ffn = _ffn(spec.ffn, spec.hidden, hidden)
+        if spec.moe is not None:
+            sizes["moe"] = _experts(spec.moe, spec.hidden, hidden)
         sizes |= {"heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM, "hidden": hidden, "ffn": ffn}
     return DecoderSpec.model_validate(spec.model_dump() | sizes)
+
+
+def _experts(moe: Experts, hidden: int, small: int) -> dict[str, Any]:
+    """Few experts, each about the same multiple of hidden."""
+    sizes = {
+        "experts": min(moe.experts, EXPERTS),
+        "top": min(moe.top, EXPERTS // 2),
+        "dense_layers": min(moe.dense_layers, 1),
+    }
+    inner = {key: _ffn(size, hidden, small) for key, size in (("ffn", moe.ffn), ("shared", moe.shared)) if size}
+    return moe.model_dump() | sizes | inner
 
 
 def _huggingface(name: str, given: Mapping[str, Any] | None) -> ModelOrigin:
