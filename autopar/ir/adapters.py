@@ -49,7 +49,8 @@ class Saved(pydantic.BaseModel):
 
     def value(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor of the file."""
-        value = torch.cat([tensors[n] for n in self.parts], self.dim) if len(self.parts) > 1 else tensors[self.parts[0]]
+        held = [tensors[n] for n in self.parts]
+        value = torch.cat(held, self.dim) if len(held) > 1 else held[0]
         for i, layer in enumerate(self.through):
             value = ACTIVATIONS[self.activation](value) if i else value
             weight, bias = (torch.cat([tensors[n] for n in names]) for names in (layer.weights, layer.biases))

@@ -19,6 +19,8 @@ from autopar.ir.shapes import infer
 from autopar.ir.specialize import meaning
 
 aten = torch.ops.aten
+Change = Callable[[Any], Any]
+"""From one symbolic size (a sympy expression) to another."""
 FILL = {"attention_mask": 1, "labels": IGNORED}
 """What inputs hold for virtual tokens: they are seen, and nothing is to be predicted there."""
 END = 9223372036854775807
@@ -38,7 +40,7 @@ def need_symbols(program: Program, who: str) -> None:
         raise PassError(f"{who}: the batch has no sequence of tokens (a second dim that inputs share)")
 
 
-def with_sizes(value: Any, change: Callable[[sympy.Expr], sympy.Expr]) -> Any:
+def with_sizes(value: Any, change: Change) -> Any:
     """A value, a list of arguments or a fake tensor, its symbolic sizes changed."""
     if isinstance(value, torch.Tensor):
         mode = value.fake_mode  # type: ignore[attr-defined]
@@ -61,19 +63,19 @@ def with_sizes(value: Any, change: Callable[[sympy.Expr], sympy.Expr]) -> Any:
     return env.create_symintnode(new, hint=int(new.xreplace(known)))
 
 
-def renewed(node: fx.Node, change: Callable[[sympy.Expr], sympy.Expr]) -> None:
+def renewed(node: fx.Node, change: Change) -> None:
     """Change the sizes in a node's arguments and in its value."""
     node.args, node.kwargs = map_aggregate((node.args, node.kwargs), lambda a: with_sizes(a, change))
     node.meta["val"] = with_sizes(node.meta["val"], change)
 
 
-def plus(names: Iterable[str], extra: int) -> Callable[[sympy.Expr], sympy.Expr]:
+def plus(names: Iterable[str], extra: int) -> Change:
     """Every symbol of these grows by ``extra``."""
     wanted = set(names)
     return lambda e: e.xreplace({s: s + extra for s in e.free_symbols if str(s) in wanted})
 
 
-def set_to(sizes: Mapping[str, int]) -> Callable[[sympy.Expr], sympy.Expr]:
+def set_to(sizes: Mapping[str, int]) -> Change:
     return lambda e: e.xreplace({s: sympy.Integer(sizes[str(s)]) for s in e.free_symbols if str(s) in sizes})
 
 

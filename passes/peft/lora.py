@@ -86,15 +86,16 @@ class Lora(Pass):
         down = add(layer, "lora_A.weight", (self.rank, into), kaiming_uniform(into))
         up = add(layer, "lora_B.weight", (out, self.rank), Initial("constant"))
         names = ["lora_A.weight", "lora_B.weight"]
+        parts = [down, up]
         if self.dora:
-            magnitude = self.magnitude(add, layer, out)
+            parts.append(self.magnitude(add, layer, out))
             names.append("lora_magnitude_vector.weight")
         with replacing(graph, base.node, layer.path) as (make, made):
             x = make(aten.dropout.default, base.x, self.dropout, True) if self.dropout else base.x
             low = make(aten.linear.default, make(aten.linear.default, x, down), up)
             delta = make(aten.mul.Tensor, low, self.scale)
             if self.dora:
-                delta = self.redirected(make, base, x, delta, (down, up, magnitude))
+                delta = self.redirected(make, base, x, delta, parts)
             made.append(make(aten.add.Tensor, base.node, delta))
             made[-1].meta["adapter"] = self.name
         return names
@@ -108,9 +109,7 @@ class Lora(Pass):
 
         return add(layer, "lora_magnitude_vector.weight", (out,), norm)
 
-    def redirected(
-        self, make: Maker, base: Linear, x: fx.Node, delta: fx.Node, parts: tuple[fx.Node, fx.Node, fx.Node]
-    ) -> fx.Node:
+    def redirected(self, make: Maker, base: Linear, x: fx.Node, delta: fx.Node, parts: list[fx.Node]) -> fx.Node:
         """(m/‖W + scale · B A‖ − 1) · W x + m/‖W + scale · B A‖ · scale · B A x: what DoRA adds to the base layer."""
         down, up, magnitude = parts
         product = make(aten.mul.Tensor, make(aten.matmul.default, up, down), self.scale)
