@@ -43,6 +43,57 @@ def test_a_model_has_its_published_number_of_parameters(name):
     assert count(name) == PUBLISHED[name][0], PUBLISHED[name][1]
 
 
+KERAS = "keras-hub's presets"
+OTHERS = {  # name → (fields, parameters, where the number was published)
+    "mistral-7b-v0.3": (
+        dict(family="mistral", layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=32768),
+        7_248_023_552,
+        KERAS,
+    ),
+    "gemma-2b": (
+        dict(family="gemma", layers=18, hidden=2048, ffn=16384, heads=8, kv_heads=1, head_dim=256, vocab=256000),
+        2_506_172_416,
+        KERAS,
+    ),
+    "gemma2-2b": (
+        dict(family="gemma2", layers=26, hidden=2304, ffn=9216, heads=8, kv_heads=4, head_dim=256, vocab=256000),
+        2_614_341_888,
+        KERAS,
+    ),
+    "qwen2.5-32b": (
+        dict(family="qwen2", layers=64, hidden=5120, ffn=27648, heads=40, kv_heads=8, vocab=152064),
+        32_763_876_352,
+        KERAS,
+    ),
+    "qwen3-4b": (
+        dict(family="qwen3", tied=True, layers=36, hidden=2560, ffn=9728, heads=32, kv_heads=8, head_dim=128, vocab=151936),
+        4_022_468_096,
+        KERAS,
+    ),
+    "phi-3-mini": (
+        dict(family="phi3", layers=32, hidden=3072, ffn=8192, heads=32, vocab=32064),
+        3_821_079_552,
+        KERAS,
+    ),
+    "olmo-2-13b": (
+        dict(family="olmo2", layers=40, hidden=5120, ffn=13824, heads=40, vocab=100352),
+        13_716_198_400,
+        "safetensors total of OLMo-2-1124-13B",
+    ),
+    "pythia-12b without its embeddings": (
+        dict(family="gpt_neox", layers=36, hidden=5120, heads=40, vocab=50688),
+        11_327_027_200 + 2 * 50_688 * 5_120,
+        "EleutherAI's table of Pythia: parameters without the embeddings",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_of_another_family_has_its_published_number_too(name):
+    fields, published, source = OTHERS[name]
+    assert sum(p.numel() for p in build(fields, meta=True).parameters()) == published, source
+
+
 def test_gpt3_has_the_parameters_that_megatron_published_in_billions():
     assert round(count("gpt3-175b") / 1e9, 1) == 174.6, "Narayanan et al. 2021, table 2"
 
