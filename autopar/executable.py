@@ -80,14 +80,32 @@ class Executable:
             return [{"files": WEIGHTS}]
         seed: dict[str, Any] = {"seed": self.job.train.seed}
         base: list[dict[str, Any]] = [seed]
-        if origin.hf is not None and origin.config is None:
-            path = Path(origin.hf).expanduser().resolve()
+        if stored := self.stored(folder):
             seed["buffers_only"] = True  # a missing parameter is an error
-            base = [{"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path)}, seed]
+            base = [stored, seed]
         if not program.initial:
             return base
         save_file(self.added(folder, base), folder / ADDED)
         return [{"files": ADDED}, *base]
+
+    def stored(self, folder: Path) -> dict[str, Any] | None:
+        """The manifest's entry for the job's checkpoint; that of a declared model is written along in our names."""
+        from safetensors.torch import save_file
+
+        origin = self.job.model
+        if origin is None or (origin.weights is None and (origin.hf is None or origin.config is not None)):
+            return None
+        if origin.weights is not None:
+            from autopar.models.checkpoint import read_checkpoint
+
+            tensors = read_checkpoint(origin.weights).named_parameters()  # a tied one once
+            save_file({n: p.detach().contiguous() for n, p in tensors}, folder / WEIGHTS)
+            return {"files": WEIGHTS}
+        from autopar.models.huggingface import spelling
+
+        name = str(origin.hf)
+        path = Path(name).expanduser().resolve()
+        return {"gguf": str(path)} if path.suffix == ".gguf" else {"files": str(path), **spelling(name)}
 
     def added(self, folder: Path, base: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Values of the parameters that passes added: as they are, or as they begin, some from the ``base`` weights."""
