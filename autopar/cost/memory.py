@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 
 from autopar.cost.precision import Precision
 
@@ -59,13 +60,16 @@ def states(sharding: Sharding, trained: Number, frozen: Number, unit: Number, un
     if sharding.zero == 3 and n > 1:
         copy, gathered = 0 * trained, p.compute.itemsize * unit
     shard = p.gradients.itemsize * trained / n
-    whole = p.reduce.itemsize * trained if sharding.zero == 1 and n > 1 and sharding.accumulates else 0 * trained
+    if sharding.zero == 1 and n > 1 and sharding.accumulates:
+        shard = p.reduce.itemsize * trained  # whole, until they are reduced one unit after the other
     making = p.compute.itemsize * unit_trained
     if n > 1 and sharding.zero:
         making = making + p.reduce.itemsize * unit_trained
+    if sharding.zero == 0 and sharding.dp > 1 and p.reduce != p.gradients:
+        making = making + p.reduce.itemsize * trained  # copies in the dtype of the sums, until the last sum is there
     return States(
         parameters=held + copy,
-        gradients=shard + whole,
+        gradients=shard,
         optimizer=sharding.moments * p.state.itemsize * trained / n,
         transient=gathered + making,
     )
@@ -76,15 +80,23 @@ def handled_bytes(sharding: Sharding, trained: Number, frozen: Number) -> tuple[
     gradients to where they add up.
 
     FSDP2 copies what it gathered to each parameter (``split_with_sizes_copy``); gradients are copied into one buffer of
-    the dtype they are summed in (``chunk_cat``), or, where whole ones add up over micro-batches, added there. The copy in
-    the compute dtype that `states` counts is made once a step.
+    the dtype they are summed in (``chunk_cat``), or, where whole ones add up over micro-batches, added there. Parameters
+    that are not gathered are cast where they are read, in every micro-batch, and their gradients back.
     """
     p, n = sharding.precision, sharding.split
-    once = 2 * p.compute.itemsize * (trained + frozen) if sharding.zero == 3 and n > 1 else 0 * trained
-    if sharding.zero > 1 and n > 1:
+    if n == 1:
+        there = cast_bytes(p.master, p.compute) * trained
+        back = there + (3 * p.gradients.itemsize * trained if sharding.accumulates else 0 * trained)
+        return there + cast_bytes(p.frozen, p.compute) * frozen, back
+    once = 2 * p.compute.itemsize * (trained + frozen) if sharding.zero == 3 else 0 * trained
+    if sharding.zero > 1:
         return once, once + (p.compute.itemsize + p.reduce.itemsize) * trained
-    sums = p.reduce if sharding.zero else p.gradients
-    return once, once + (p.compute.itemsize + 2 * sums.itemsize if sharding.accumulates else 0) * trained
+    return once, once + (p.compute.itemsize + 2 * p.reduce.itemsize if sharding.accumulates else 0) * trained
+
+
+def cast_bytes(kept: torch.dtype, read: torch.dtype) -> int:
+    """Bytes moved for one element that is kept in one dtype and read in another."""
+    return kept.itemsize + read.itemsize if kept != read else 0
 
 
 def optimizer_bytes(sharding: Sharding, trained: Number, clip: bool) -> Number:
@@ -94,5 +106,5 @@ def optimizer_bytes(sharding: Sharding, trained: Number, clip: bool) -> Number:
     each = 2 * p.master.itemsize + p.gradients.itemsize + 2 * sharding.moments * p.state.itemsize
     if clip:
         each += 3 * p.gradients.itemsize
-    copied = p.compute.itemsize * trained if p.mixed and sharding.zero != 3 else 0 * trained
+    copied = p.compute.itemsize * trained if p.mixed and sharding.zero in (1, 2) and n > 1 else 0 * trained
     return each * trained / n + copied

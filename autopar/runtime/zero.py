@@ -94,8 +94,8 @@ def sum_over_replicas(module: nn.Module, last: bool) -> None:
 
 
 class Bucket:
-    """Gradients of one dtype that are sent together. A final one is copied into the common memory and becomes a view of
-    it, while the backward pass goes on."""
+    """Gradients of one dtype that are sent together. A new one is copied into the common memory and becomes a view of it,
+    into which later micro-batches add: so no gradient is held twice."""
 
     def __init__(self, parameters: list[nn.Parameter], reduce: torch.dtype | None = None):
         self.parameters, self.reduce = parameters, reduce
@@ -105,14 +105,15 @@ class Bucket:
     def start(self) -> None:
         """Forget the last step."""
         self.open = set(self.parameters)  # those whose gradients are not final yet
+        self.taken: set[nn.Parameter] = set()
         self.flat: torch.Tensor | None = None
-        self.sent: torch.Tensor | None = (
-            None  # what is summed: ``flat``, or its copy in the dtype that sums are made in
-        )
+        self.sent: torch.Tensor | None = None  # what is summed: ``flat``, or its copy in the sums' dtype
         self.work: dist.Work | None = None
 
     def take(self, parameter: nn.Parameter) -> None:
-        """The gradient of ``parameter`` is final; zeros where nothing flowed."""
+        """Put the gradient of ``parameter`` into the common memory; zeros where nothing flowed."""
+        if parameter in self.taken:
+            return
         if self.flat is None:
             self.flat = parameter.new_empty(sum(p.numel() for p in self.parameters))
         part = self.flat.narrow(0, self.place[parameter], parameter.numel()).view(parameter.shape)
@@ -121,13 +122,14 @@ class Bucket:
         else:
             part.copy_(parameter.grad)
         parameter.grad = part
-        self.open.discard(parameter)
+        self.taken.add(parameter)
 
     @torch.no_grad()
     def send(self, group: dist.ProcessGroup | None) -> None:
         """Take what is left and begin the sum over the group."""
-        for parameter in list(self.open):
+        for parameter in self.parameters:
             self.take(parameter)
+        self.open.clear()
         assert self.flat is not None
         self.sent = self.flat if self.reduce is None else self.flat.to(self.reduce)
         self.work = dist.all_reduce(self.sent, group=group, async_op=True)
@@ -172,8 +174,9 @@ class Replicas:
     def _arrived(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         self.seen[parameter] += 1
+        self.bucket_of[parameter].take(parameter)
         if self.seen[parameter] == self.microbatches:
-            self.bucket_of[parameter].take(parameter)
+            self.bucket_of[parameter].open.discard(parameter)
             while self.next < len(self.buckets) and not self.buckets[self.next].open:
                 self._send()
 

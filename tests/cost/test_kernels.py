@@ -92,5 +92,7 @@ def test_gathered_parameters_are_copied_out_and_gradients_added_where_they_add_u
     mixed = Precision(compute=torch.bfloat16)
     assert handled_bytes(Sharding(3, 8, mixed), 100.0, 50.0) == (600.0, 600.0 + 600.0)
     assert handled_bytes(Sharding(2, 8, mixed), 100.0, 50.0) == (0.0, 600.0)
-    assert handled_bytes(Sharding(0, 8, mixed), 100.0, 50.0) == (0.0, 1000.0)
-    assert handled_bytes(Sharding(0, 8, mixed, accumulates=False), 100.0, 50.0) == (0.0, 0.0)
+    cast = 6 * 150.0  # read as float32, written as bfloat16, in every micro-batch; the gradients of 100 back
+    assert handled_bytes(Sharding(0, 8, mixed), 100.0, 50.0) == (cast, 600.0 + 1200.0)
+    assert handled_bytes(Sharding(0, 8, mixed, accumulates=False), 100.0, 50.0) == (cast, 600.0)
+    assert handled_bytes(Sharding(0, 8, Precision()), 100.0, 50.0) == (0.0, 1200.0)
