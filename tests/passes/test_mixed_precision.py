@@ -167,8 +167,9 @@ def test_the_causal_mask_is_known_before_and_after_the_casts() -> None:
     orders = ([{"mixed_precision": {}}, {"flash_attention": {}}], [{"flash_attention": {}}, {"mixed_precision": {}}])
     for passes in orders:
         after = rewrite(trace(Decoder(), ids()), passes)
-        (node,) = nodes(after, "scaled_dot_product_attention")
-        assert node.args[5] is True and node.meta["kernel"] == "flash" and node.meta["val"].dtype == BF16
+        (node,) = nodes(after, "flash_attention")
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+        assert given["causal"] is True and node.meta["val"][0].dtype == BF16
 
 
 def test_parameters_are_stored_as_asked_and_read_through_one_cast_each() -> None:
