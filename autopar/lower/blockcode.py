@@ -8,7 +8,7 @@ from torch import fx
 
 from autopar.ir.attention import Core, cores
 from autopar.lower.code import Body, Names, Writer, indent
-from autopar.lower.declare import attribute, declaration
+from autopar.lower.declare import declaration
 
 if TYPE_CHECKING:
     from autopar.lower.stagecode import StageWriter
@@ -23,6 +23,7 @@ class BlockWriter:
         self.graph = owner.program.blocks[name]
         self.local = owner.emitter.blocks[name]
         self.owned = owner.emitter.owned[name]
+        self.attributes = owner.emitter.attributes[name]
         self.places = [n for n in self.graph.nodes if n.op == "placeholder"]
         recompute = {r for c, r in zip(owner.stage.calls, owner.recompute, strict=True) if c.target == name}
         self.full, self.selective = "full" in recompute, "selective" in recompute
@@ -53,7 +54,8 @@ class BlockWriter:
                 continue
             where = self.local.places[self.local.nodes[place]]
             trainable = place.meta["kind"] == "parameter" and bool(place.meta["requires_grad"])
-            found.append(declaration(attribute(place), place, where, self.owner.emitter.degree, trainable))
+            attribute = self.attributes[place.meta["name"]]
+            found.append(declaration(attribute, place, where, self.owner.emitter.degree, trainable))
         return found
 
     def constant(self, place: fx.Node) -> str | None:
@@ -65,7 +67,7 @@ class BlockWriter:
         for i, place in enumerate(self.places):
             node = self.local.nodes[place]
             if i in self.owned:
-                names.of[node] = self.constant(place) or f"self.{attribute(place)}"
+                names.of[node] = self.constant(place) or f"self.{self.attributes[place.meta['name']]}"
             else:
                 given.append(names.give(node, place.name))
         return names, given

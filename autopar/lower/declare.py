@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import keyword
+import re
+from collections.abc import Iterable
+
 import torch
-from torch import fx
+from torch import fx, nn
 
 from autopar.sharding.placement import Placement, local_shape
 
+TAKEN = {*keyword.kwlist, *dir(nn.Module()), "tp", "recompute", "blocks", "body", "count", "attention_core"}
+"""What an emitted module has or means already: none of its tensors may be called that."""
 
-def attribute(place: fx.Node) -> str:
-    return attribute_name(place.meta["name"])
+
+def attribute_names(graph: fx.Graph) -> dict[str, str]:
+    """The attribute that holds each parameter, buffer and constant of a graph, by the tensor's name."""
+    places = [n for n in graph.nodes if n.op == "placeholder" and n.meta["kind"] != "input"]
+    return unlike(n.meta["name"] for n in places)
 
 
-def attribute_name(name: str) -> str:
-    text = name.replace(".", "_")
-    return text if text.isidentifier() else f"p_{text}"
+def unlike(names: Iterable[str]) -> dict[str, str]:
+    """Names as Python attributes, unlike ones unlike: ``q.weight`` is ``q_weight``, and ``q_weight`` then ``q_weight_2``."""
+    found: dict[str, str] = {}
+    used = set(TAKEN)
+    for name in dict.fromkeys(names):
+        wish = re.sub(r"\W", "_", name)
+        wish = wish if wish.isidentifier() else f"p_{wish}"
+        text, count = wish, 1
+        while text in used:
+            count += 1
+            text = f"{wish}_{count}"
+        used.add(text)
+        found[name] = text
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,6 +10,8 @@ from torch import fx
 from autopar.errors import PlanError
 from autopar.ir.ops import operands
 from autopar.ir.program import OUTER, Program
+from autopar.lower.code import RESERVED
+from autopar.lower.declare import attribute_names
 from autopar.lower.inputs import input_entry
 from autopar.lower.localize import Localized, Localizer, strategy_of
 from autopar.lower.stagecode import Emitted, StageWriter
@@ -28,6 +30,7 @@ class Emitter:
         self.degree = plan.mesh.tp
         self.stages = cut(program, [s.blocks for s in plan.stages])
         self.owned = {name: self.owned_places(name) for name in program.blocks}
+        self.attributes = {name: attribute_names(graph) for name, graph in program.graphs()}
         self.blocks: dict[str, Localized] = {}
         self.called: dict[str, Strategy] = {}
         for name, graph in program.blocks.items():
@@ -98,6 +101,7 @@ def operand_uses(node: fx.Node) -> list[fx.Node]:
 def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
     """The stages' sources and the manifest of a static ``program`` (of the plan's micro-batch) under ``plan``."""
     check_fits(program, plan)
+    check_inputs(program)
     emitter = Emitter(program, plan)
     stages = [emitter.stage(s) for s in emitter.stages]
     tied: dict[str, list[str]] = {}
@@ -110,6 +114,19 @@ def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
         if n.op == "placeholder" and n.meta["kind"] == "input"
     }
     return stages, {"stages": [s.entry for s in stages], "tied": list(tied.values()), "inputs": inputs}
+
+
+def check_inputs(program: Program) -> None:
+    """Raise `PlanError` for a batch entry that cannot be an argument of the emitted code under its own name."""
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.meta["kind"] == "input":
+            name = node.meta["name"]
+            if name in RESERVED or not name.isidentifier():
+                what = "means something else there" if name in RESERVED else "is no name in Python"
+                raise PlanError(
+                    f"the batch's '{name}' cannot be an argument of the emitted code: '{name}' {what}; give it another name "
+                    "in the model's forward and in the batch"
+                )
 
 
 def check_fits(program: Program, plan: Plan) -> None:

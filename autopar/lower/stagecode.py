@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from autopar.errors import TraceError
+from autopar.ir.program import OUTER
 from autopar.lower.blockcode import BlockWriter
 from autopar.lower.callcode import CallWriter
 from autopar.lower.code import Body, Names, Writer, indent
-from autopar.lower.declare import attribute, attribute_name, declaration, dtype_name
+from autopar.lower.declare import declaration, dtype_name
 from autopar.lower.localize import Localized, Localizer
 from autopar.lower.outer import runs
 from autopar.lower.reads import read_dtype
@@ -121,10 +122,10 @@ class StageWriter:
         for node in self.stage.nodes:
             if node.op == "placeholder" and node.meta["kind"] != "input" and not self.inside_blocks(node):
                 declared += self.declare(node, node.meta["name"], names)
+        for node in self.inputs():  # first: these are called by name
+            names.give(self.local.nodes[node], node.meta["name"])
         for node in self.stage.receives:
             names.give(self.local.nodes[node], "hidden" if len(self.stage.receives) == 1 else node.name)
-        for node in self.inputs():
-            names.give(self.local.nodes[node], node.meta["name"])
         lines = ["class Stage(nn.Module):", f'    """What stage {self.index} holds and does."""', ""]
         lines += ["    def __init__(self, tp: torch.distributed.ProcessGroup | None = None) -> None:"]
         lines += ["        super().__init__()", "        self.tp = tp"]
@@ -169,13 +170,14 @@ class StageWriter:
 
     def own_tensors(self, call: fx.Node, index: int) -> None:
         """Manifest entries of the parameters and buffers inside one block instance."""
-        block = self.emitter.blocks[str(call.target)]
+        block, attributes = self.emitter.blocks[str(call.target)], self.emitter.attributes[str(call.target)]
         places = [n for n in self.program.blocks[str(call.target)].nodes if n.op == "placeholder"]
         for i, place in enumerate(places):
             if i in self.emitter.owned[str(call.target)]:
                 name = call.args[i].meta["name"]  # type: ignore[union-attr]
                 where = block.places[block.nodes[place]]
-                self.record(place, name, f"blocks.{index}.{attribute(place)}", where, place.name in block.partial)
+                path = f"blocks.{index}.{attributes[place.meta['name']]}"
+                self.record(place, name, path, where, place.name in block.partial)
 
     def record(self, place: fx.Node, name: str, path: str, where: Placement, partial: bool) -> None:
         kind = place.meta["kind"]
@@ -210,7 +212,7 @@ class StageWriter:
         if kind == "constant" and (text := self.literal(name)) is not None:
             names.of[self.local.nodes[node]] = text
             return []
-        path = attribute_name(name)
+        path = self.emitter.attributes[OUTER][name]
         names.of[self.local.nodes[node]] = f"self.{path}"
         self.record(node, name, path, where, node.name in self.local.partial)
         trainable = kind == "parameter" and self.program.parameters[name].trainable
@@ -268,7 +270,7 @@ class StageWriter:
         for node in nodes:
             if node.op == "placeholder" and node.meta["kind"] != "input":
                 text = self.literal(node.meta["name"]) if node.meta["kind"] == "constant" else None
-                names.of[sub.nodes[node]] = text or f"self.{attribute_name(node.meta['name'])}"
+                names.of[sub.nodes[node]] = text or f"self.{self.emitter.attributes[OUTER][node.meta['name']]}"
         given = [n.meta["name"] for n in self.inputs()]
         writer = Writer(names, f"{given[0]}.device")
         body = writer.write(list(sub.graph.nodes))

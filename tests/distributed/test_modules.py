@@ -141,6 +141,53 @@ def test_writes_into_slices_and_a_loss_inside_the_model(pins: dict[str, Any]) ->
     assert_equal(prove_built(Filling(), {"ids": ids, "labels": torch.randint(0, 50, (8, 6))}, pins))
 
 
+class Pair(nn.Module):
+    """``a.b_c`` and ``a_b.c``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_b = nn.ModuleDict({"b_c": nn.Linear(8, 8)}), nn.ModuleDict({"c": nn.Linear(8, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.a_b["c"](torch.tanh(self.a["b_c"](x))))
+
+
+class Namesakes(Pair):
+    """Tensors whose names differ in their dots alone, called as an emitted module's own attributes, or not in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Pair() for _ in range(4))
+        self.scales = nn.ParameterDict({"x-y": torch.full((8,), 0.5), "x_y": torch.full((8,), 2.0)})
+        self.count, self.tp = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        x = super().forward(hidden * self.scales["x-y"] + self.scales["x_y"])
+        for layer in self.layers:
+            x = layer(x)
+        return (x * self.count + self.tp - hidden).square().mean()
+
+
+@pytest.mark.parametrize("pins", [dict(tp=2), dict(pp=2, microbatch=2)], ids=str)
+def test_names_that_would_collide_in_the_emitted_code(pins: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    assert_equal(prove_built(Namesakes(), {"hidden": torch.randn(8, 8)}, pins, loss=lambda output, batch: output))
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, device: torch.Tensor) -> torch.Tensor:
+        return self.layer(device).square().mean()
+
+
+def test_a_batch_entry_called_as_what_the_emitted_code_needs_is_refused() -> None:
+    with pytest.raises(PlanError, match="the batch's 'device' cannot be an argument of the emitted code"):
+        prove_built(Placed(), {"device": torch.randn(8, 8)}, dict(dp=1), loss=lambda output, batch: output)
+
+
 def test_the_engines_state_has_the_models_own_names(tmp_path: Any) -> None:
     import autopar
     from autopar.models.load import build
