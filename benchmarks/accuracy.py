@@ -39,8 +39,9 @@ llm-foundry's tables.
 Our plans run PyTorch's own operators one by one, where Megatron-LM has kernels for scale, mask and softmax, for bias, dropout
 and residual; torch stops a recomputation as soon as it has what it needs, where Megatron runs all of it again. The two nearly
 cancel: selective recompute comes out too slow and full recompute too fast. The shares were tried against Megatron's rows
-too before llm-foundry's were taken, so those rows were in sight. Weights that are not gathered are cast in every micro-batch,
-as the emitted code does; Megatron casts once a step. torchtitan's H100 runs at
+too before llm-foundry's were taken, so those rows were in sight. Megatron computes with float16 weights and keeps a float32
+copy with the optimizer; its rows are jobs with `master: float16`. A job with float32 masters costs more wherever weights are
+not gathered: the emitted code casts them in every micro-batch. torchtitan's H100 runs at
 500 W instead of 700: its shares are H100's, times the cube root of the power above idle.
 
 "apart": the run does what no plan of ours does, and counts in no mean; "like": the plan does something like it, and counts.

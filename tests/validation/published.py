@@ -54,8 +54,12 @@ def cluster(device: str, devices: int, memory: str | None = BOUNDLESS) -> dict[s
     return made
 
 
+KEPT = {"master": "float16", "reduce": "float32"}
+
+
 def megatron(row: Row, **pins: Any) -> dict[str, Any]:
-    """A GPT of Megatron-LM: float16, dropout, 2,048 tokens, A100."""
+    """A GPT of Megatron-LM: float16, dropout, 2,048 tokens, A100. It computes with float16 weights that it keeps, and a
+    float32 copy is the optimizer's: so the weights are kept in float16 here, not cast in every micro-batch."""
     virtual = row["virtual"]
     pinned = {"tp": row["tp"], "pp": row["pp"], "dp": row["dp"], "zero": row.get("zero", 0), "microbatch": row["microbatch"],
               "schedule": "interleaved1f1b" if virtual > 1 else "1f1b", "virtual_stages": virtual, "recompute": "full",
@@ -63,7 +67,7 @@ def megatron(row: Row, **pins: Any) -> dict[str, Any]:
     drop = {"embedding": 0.1, "attention": 0.1, "hidden": 0.1}
     model = {"family": "gpt", "layers": row["layers"], "hidden": row["hidden"], "heads": row["heads"], "vocab": 51200,
              "max_length": 2048, "dropout": drop}  # fmt: skip
-    return job(model, cluster("A100", row["devices"]), row["sequences"], 2048, pinned | pins, "float16", [])
+    return job(model, cluster("A100", row["devices"]), row["sequences"], 2048, pinned | pins, "float16", [], KEPT)
 
 
 def megatron_core(row: Row) -> dict[str, Any]:
@@ -110,10 +114,10 @@ def foundry(row: Row) -> dict[str, Any]:
 
 def job(
     model: dict[str, Any], machine: dict[str, Any], sequences: int, length: int, pins: dict[str, Any], compute: str,
-    passes: list[dict[str, Any]],
+    passes: list[dict[str, Any]], kept: dict[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     return {"model": model, "cluster": machine, "batch": {"sequences": sequences, "length": length},
-            "passes": [{"mixed_precision": {"compute": compute}}, *passes], "pins": pins, "train": {"clip": 1.0},
+            "passes": [{"mixed_precision": {"compute": compute, **(kept or {})}}, *passes], "pins": pins, "train": {"clip": 1.0},
             "search": {"memory_margin": 0.0}}  # fmt: skip
 
 
