@@ -28,7 +28,7 @@ def weights() -> Path:
 
 
 def job(steps: int):  # noqa: ANN201 - a Job
-    text = [f"{sysconfig.get_paths()['stdlib']}/{name}" for name in ("asyncio/*.py", "json/*.py", "email/*.py")]
+    text = [f"{sysconfig.get_paths()['stdlib']}/{name}" for name in ("json/*.py", "heapq.py", "bisect.py")]
     gguf = weights()
     changes = {"model.hf": str(gguf), "data.tokenizer": str(gguf), "data.text": json.dumps(text), "train.steps": steps}
     return load_job(
@@ -49,10 +49,10 @@ def main() -> int:
 def report(folder: Path) -> None:
     """Did it learn, and did the plan know what it would cost."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tenth = max(1, len(lines) // 10)
-    first = sum(m["loss"] for m in lines[:tenth]) / tenth
-    last = sum(m["loss"] for m in lines[-tenth:]) / tenth
-    print(f"loss           {first:.3f} at the beginning, {last:.3f} at the end")
+    part = max(1, len(lines) // 4)
+    first = sum(m["loss"] for m in lines[:part]) / part
+    last = sum(m["loss"] for m in lines[-part:]) / part
+    print(f"loss           {first:.3f} in the first quarter, {last:.3f} in the last")
     print(f"summary        {(folder / 'summary.json').resolve()}")
 
 
