@@ -15,7 +15,7 @@ from torch import nn
 from autopar.errors import AutoparError, PlanError
 from autopar.ir.objective import IGNORED, Loss, Objective
 from autopar.ir.promote import Promoted
-from autopar.ir.raised import raised
+from autopar.ir.raised import lowered, raised
 from autopar.spec.job import Batch, Job, Optimizer
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     ``shrink`` makes the model and the batch small; otherwise they are taken as the job has them. Returns the contract's
     proof: errors of loss, gradients and parameters, the worst tensor, and whether all are below 1e-9.
     """
+    from autopar.cluster.cluster import Cluster
     from autopar.models.batch import example_batch
     from autopar.models.load import build
     from autopar.models.shrink import shrink as smaller
@@ -57,7 +58,9 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     assert job.model is not None and job.batch is not None, "check_job runs before"
     origin = smaller(job.model) if shrink else job.model
     model = build(origin, meta=False, dtype=torch.float64, seed=job.train.seed)
-    job = job.model_copy(update={"model": origin, "cluster": local_cluster(job, ranks), "batch": batch_of(job, shrink)})
+    cluster = local_cluster(job, ranks)
+    batch_size = batch_of(job, Cluster.load(cluster).devices) if shrink else job.batch
+    job = job.model_copy(update={"model": origin, "cluster": cluster, "batch": batch_size})
     assert job.batch is not None
     batch = example_batch(model, job.batch.sequences, job.batch.length, source=origin)
     batch = ignoring(example(job.data, batch, named(model)))
@@ -76,7 +79,7 @@ def prove_module(
     with float64():
         traced = trace(model, batch, loss=loss)
         program = rewrite(traced, job.passes)
-        if program.precision is not None:
+        if lowered(program):
             program = raised(program, traced)
         document = planned(program, Cluster.load(job.cluster), job) if plan is None else document_of(plan)
         reference = one_process(program, model, batch, job, loss)
@@ -108,13 +111,16 @@ def local_cluster(job: Job, ranks: int | None) -> Any:
     return read_cluster(Source(spec, "cluster"))
 
 
-def batch_of(job: Job, shrink: bool) -> Batch:
+def batch_of(job: Job, devices: int) -> Batch:
+    """A small batch that the pins go with: at least 8 sequences, whole micro-batches for each replica, at least two of
+    them and as many as every schedule of the pipeline takes."""
     assert job.batch is not None
-    if not shrink:
-        return job.batch
     pins = job.pins
-    replicas, microbatch = pins.dp or 1, pins.microbatch or 1
-    return Batch(sequences=max(8, 2 * replicas * microbatch), length=min(job.batch.length, 16))
+    stages = pins.pp or 1
+    alone = pins.tp is not None and pins.pp is not None  # then replicas are all that is left
+    replicas = pins.dp or (max(1, devices // (pins.tp * stages)) if alone and pins.tp else 1)
+    once = replicas * (pins.microbatch or 1) * stages
+    return Batch(sequences=once * max(-(-8 // once), -(-2 // stages)), length=min(job.batch.length, 16))
 
 
 def ignoring(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

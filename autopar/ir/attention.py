@@ -12,6 +12,12 @@ aten = torch.ops.aten
 FUSED = {"aten::scaled_dot_product_attention", "autopar::flash_attention"}
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+STOPS = {
+    "aten::linear", "aten::addmm", "aten::mm", "aten::embedding", "aten::topk", "aten::sort", "aten::gather", "aten::scatter",
+    "aten::one_hot", "aten::layer_norm", "aten::rms_norm", "autopar::fp8_linear", "autopar::rms_norm", "autopar::layer_norm",
+    "autopar::add_rms_norm", "autopar::add_layer_norm", "autopar::glu",
+}  # fmt: skip
+"""What scores and their softmax never go through between the two products: what a router's do, which is no attention."""
 REACH = 12
 """How many nodes may lie between a product and the softmax (scale, soft-cap, mask, casts, dropout, views)."""
 
@@ -47,11 +53,19 @@ def mixture(fused: fx.Node) -> list[fx.Node]:
     return users if alone else []
 
 
+def passes(node: fx.Node) -> bool:
+    """Whether scores may go through a node."""
+    if node.op != "call_function":
+        return False
+    known = isinstance(node.target, torch._ops.OpOverload)
+    return not known or node.target._schema.name not in STOPS | {s._schema.name for s in SOFTMAX}
+
+
 def before(softmax: fx.Node) -> fx.Node | None:
     """The nearest product the softmax depends on."""
     frontier = [softmax]
     for _ in range(REACH):
-        frontier = [n for f in frontier for n in f.all_input_nodes if n.op == "call_function"]
+        frontier = [n for f in frontier for n in f.all_input_nodes if passes(n)]
         product = next((n for n in frontier if n.target in PRODUCTS), None)
         if product is not None or not frontier:
             return product
@@ -62,7 +76,7 @@ def after(softmax: fx.Node) -> fx.Node | None:
     """The nearest product that reads the softmax."""
     frontier = [softmax]
     for _ in range(REACH):
-        frontier = [n for f in frontier for n in f.users if n.op == "call_function"]
+        frontier = [n for f in frontier for n in f.users if passes(n)]
         product = next((n for n in frontier if n.target in PRODUCTS), None)
         if product is not None or not frontier:
             return product

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
 
 from autopar.ir.program import OUTER, Program
 from autopar.ir.promote import LOWER
@@ -37,6 +38,14 @@ def raised(program: Program, before: Program) -> Program:
         again, first = program.respecialize, before.respecialize or (lambda _p, _sizes: before)
         new.respecialize = lambda _static, sizes: raised(again(program, sizes), first(before, sizes))
     return new
+
+
+def lowered(program: Program) -> bool:
+    """Whether something is stored or computed in less than float64, at a pass's word: a cast, a product in 8 bits."""
+    stored = [entry.dtype for table in (program.parameters, program.buffers) for entry in table.values()]
+    nodes = [n for _, graph in program.graphs() for n in graph.nodes if n.op == "call_function"]
+    said = (a for n in nodes for a in tree_leaves((n.args, n.kwargs)) if isinstance(a, torch.dtype))
+    return any(d in LOWER for d in stored) or any(d in LOWER for d in said)
 
 
 def raise_node(program: Program, node: fx.Node) -> None:

@@ -16,7 +16,7 @@ from autopar.solve.mixing import whole_batches
 from autopar.solve.outcome import Outcome, outcome, settle
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import PROMISE, Source, setting_of
-from autopar.solve.space import candidates, check_batch, meshes
+from autopar.solve.space import candidates, check_batch, meshes, no_schedule
 from autopar.solve.stages import Cutter
 from autopar.spec.job import Batch, Job, Pins
 
@@ -142,10 +142,7 @@ def ordered(source: Source, setting: Setting, batch: Batch, pins: Pins) -> list[
         legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, cluster.devices_per_host, pins,
                                                       source.variants(m.tp)[0])]  # fmt: skip
         if not legal:
-            raise PlanError(
-                f"no schedule goes with these pins: {pins.schedule or 'any schedule'}, virtual_stages="
-                f"{pins.virtual_stages}, {batch.sequences} sequences, meshes {', '.join(map(str, grids[:4]))}"
-            )
+            raise PlanError(no_schedule(batch, grids, pins))
         raise InfeasibleError(shortage.message(source, setting, batch, source.job, legal))
     return sorted(found, key=lambda f: (f[0], order(f[1])))
 

@@ -105,7 +105,8 @@ def replicas(mesh: MeshShape, per_host: int, pins: Pins) -> list[int]:
 
 
 def schedules(pp: int, microbatches: int, blocks: int, pins: Pins) -> Iterator[tuple[str, int]]:
-    """Schedules with their stages per device. Zero-bubble schedules only where they are pinned."""
+    """Schedules with their stages per device, of those that torch runs with so many micro-batches. Zero-bubble schedules
+    only where they are pinned."""
     if pins.schedule is not None and pins.schedule not in KNOWN:
         raise PlanError(f"schedule {pins.schedule} cannot be planned; known here: {', '.join(KNOWN)}")
     if pp == 1:
@@ -114,12 +115,28 @@ def schedules(pp: int, microbatches: int, blocks: int, pins: Pins) -> Iterator[t
         return
     for name in [pins.schedule] if pins.schedule else ["1f1b", "gpipe", "interleaved1f1b"]:
         if name in ("gpipe", "1f1b"):
-            if pins.virtual_stages in (None, 1):
+            if pins.virtual_stages in (None, 1) and (name == "gpipe" or microbatches >= pp):
                 yield name, 1
         elif rounds(microbatches, pp) is not None:
             for v in [pins.virtual_stages] if pins.virtual_stages else range(2, MOST_VIRTUAL + 1):
                 if v * pp <= blocks and (v > 1 or pins.schedule):
                     yield name, v
+
+
+def no_schedule(batch: Batch, found: list[MeshShape], pins: Pins) -> str:
+    """Why no schedule is left, with the numbers."""
+    wanted = " · ".join(
+        f"{k} {v}" for k in ("schedule", "virtual_stages", "zero") if (v := getattr(pins, k)) is not None
+    )
+    mesh = max(found, key=lambda m: (m.pp, -m.dp))
+    if mesh.pp == 1:
+        return f"pins: {wanted} need a pipeline, pp > 1; leave them out"
+    share = batch.sequences // mesh.dp
+    count = share // (pins.microbatch or 1)
+    start = f"pins: {wanted or 'these pins'} cannot run with pp {mesh.pp} and {count} micro-batches"
+    if count < mesh.pp:
+        return f"{start}, of {share} sequences a replica; at least {mesh.pp} are needed, or schedule gpipe"
+    return f"{start}; interleaved schedules take multiples of pp and no more stages than blocks"
 
 
 def check_batch(batch: Batch, found: list[MeshShape], pins: Pins) -> None:

@@ -35,3 +35,7 @@ def test_mixed_precision_with_lora_on_a_frozen_base_in_half_precision() -> None:
 def test_fp8_layers_with_adapters_beside_them(pins: dict[str, Any]) -> None:
     passes = [{"lora": {"rank": 4, "targets": ["query", "down"]}}, {"mixed_precision": {}}, {"fp8": {}}]
     assert_equal(prove_source(source_of("llama"), pins, passes=passes))
+
+
+def test_fp8_layers_alone() -> None:
+    assert_equal(prove_source(source_of("llama"), dict(tp=2, dp=2, zero=3), passes=[{"fp8": {}}]))

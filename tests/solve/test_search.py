@@ -13,8 +13,9 @@ from autopar.ir.program import Program
 from autopar.plan.plan import PlanDocument
 from autopar.solve.outcome import outcome
 from autopar.solve.search import evaluate, ordered, prepared, solve
+from autopar.solve.space import schedules
 from autopar.solve.stages import Cutter
-from autopar.spec.job import Job
+from autopar.spec.job import Job, Pins
 from tests.cost.models import cluster, gpt
 
 MIXED = [{"mixed_precision": {"compute": "bfloat16"}}]
@@ -235,3 +236,25 @@ def test_a_time_limit_ends_the_search_with_the_best_so_far_and_a_bound() -> None
     made = plan(gpt(layers=8), tight(2.0, 8, 8), sequences=256, search={"seconds": 1e-6})
     assert made.search.status in ("time limit", "optimal")
     assert 0 < made.search.bound <= made.search.objective
+
+
+def test_no_schedule_is_planned_that_torch_refuses_to_run() -> None:
+    """1F1B takes a micro-batch for each stage, or more."""
+    assert {name for name, _ in schedules(4, 2, 8, Pins())} == {"gpipe", "interleaved1f1b"}
+    assert "1f1b" in {name for name, _ in schedules(4, 4, 8, Pins())}
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        (
+            dict(schedule="1f1b", pp=4, microbatch=16),
+            "4 and 2 micro-batches, of 32 sequences a replica; at least 4 are needed",
+        ),
+        (dict(virtual_stages=2, pp=1), "virtual_stages 2 need a pipeline, pp > 1"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_cannot_run_is_refused_with_its_numbers(pins: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan(gpt(layers=4), tight(80, 4), pins=pins)
