@@ -23,6 +23,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> tuple[Te
     key, value = repeated(key, group), repeated(value, group)
     if not fused(query, key, value, shape):
         return written(query, key, value, shape)
+    query, key, value = dense(query), dense(key), dense(value)
     if plain(shape):
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, shape.causal, scale=shape.scale)
     added = bias(query, key, shape)
@@ -57,7 +58,8 @@ def backward(
             mask = added.masked_fill(blind, 0.0).to(query.dtype)
             grad = grad.masked_fill(blind, 0.0)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, wide_key, wide_value, out, lse.masked_fill(lse == -torch.inf, FAR), 0.0,
+            dense(grad), dense(query), dense(wide_key), dense(wide_value), dense(out),
+            lse.masked_fill(lse == -torch.inf, FAR), 0.0,
             shape.causal and mask is None, attn_mask=mask, scale=shape.scale,
         )  # fmt: skip
     return dq, gathered(dk, group).to(key.dtype), gathered(dv, group).to(value.dtype)
@@ -65,6 +67,11 @@ def backward(
 
 def repeated(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.repeat_interleave(group, 1)
+
+
+def dense(x: Tensor) -> Tensor:
+    """With the last dim's elements side by side: torch's kernel takes them to be so, without looking (2.13)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def gathered(x: Tensor, group: int) -> Tensor:

@@ -103,6 +103,24 @@ def test_other_lengths_and_numbers_of_key_heads(where: str, length: int, keys: i
 
 
 @everywhere
+@pytest.mark.parametrize("options", ["causal", "alibi"])
+@pytest.mark.parametrize("turned", [0, 1, 2, 3])
+def test_operands_and_gradients_whose_last_dim_is_not_dense(where: str, options: str, turned: int) -> None:
+    """Such as keys that were transposed twice; the last case is the gradient that comes in."""
+
+    def made(attention: Any) -> Any:
+        def call(*x: Tensor) -> Tensor:
+            given = [t.mT.contiguous().mT if i == turned else t for i, t in enumerate(x)]
+            out = attention(*given, **OPTIONS[options])[0]
+            return out.mT.contiguous().mT if turned == 3 else out
+
+        return call
+
+    errors = compared(made(kernels.flash_attention), made(written), operands(24, 24, 16, kv=4), where)
+    assert max(errors) < EXACT
+
+
+@everywhere
 @pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
 def test_head_sizes(where: str, width: int) -> None:
     for dtype in (torch.float64, torch.float16):
