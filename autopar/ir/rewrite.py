@@ -117,12 +117,22 @@ def rewrite(program: Program, passes: Iterable[Pass | Mapping[str, Any]] = ()) -
     return program
 
 
+def rewritten(item: Pass, program: Program) -> None:
+    """The rewrite itself; what is wrong begins with the pass's name."""
+    try:
+        item.rewrite(program)
+    except PassError as problem:
+        if str(problem).startswith(f"{item.name}: "):
+            raise
+        raise PassError(f"{item.name}: {problem}") from None
+
+
 def applied(item: Pass, program: Program) -> Program:
     """One pass on a copy, with its checks and its line of history."""
     verify(program)
     new, start = program.clone(), time.perf_counter()
     with symbolic_sizes():
-        item.rewrite(new)
+        rewritten(item, new)
         annotate(new, example_sizes(new))
     verify(new)
     options = ", ".join(f"{k}={v!r}" for k, v in item.model_dump(exclude_defaults=True).items())

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from autopar.cluster import Cluster
 from autopar.cost.memory import states
 from autopar.cost.precision import Precision
 from autopar.cost.regions import Prices, Region
+from autopar.errors import PlanError
 from autopar.ir.program import Program
 from autopar.plan.plan import MeshShape, Plan
 from autopar.solve.assignment import Assignment, from_choices, replicated
@@ -275,6 +277,11 @@ def setting_of(program: Program | Callable[[int], Program], cluster: Cluster, jo
     """Memory limit, dtypes, optimizer and pins of a job."""
     example = program if isinstance(program, Program) else program(1)
     precision = Precision.of(example, mixed(job)).with_state(job.optimizer.state)
+    if job.optimizer.rounding == "stochastic" and precision.master != torch.bfloat16:
+        raise PlanError(
+            f"optimizer.rounding: stochastic rounding is for parameters kept in bfloat16; these are "
+            f"{str(precision.master).removeprefix('torch.')} (passes: mixed_precision: {{master: bfloat16}} would keep them so)"
+        )
     moments = 2 if job.optimizer.name == "adamw" else int(job.optimizer.momentum > 0)
     return Setting(
         cluster=cluster,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +17,9 @@ from autopar.solve.prepare import Source
 from autopar.solve.space import candidates, meshes
 from autopar.solve.stages import Cutter, walk
 from autopar.spec.job import Batch, Job, Pins
+from autopar.spec.quantity import show_bytes
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 TRIED = 40  # candidates whose need is computed
 MORE_HOSTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
 
@@ -81,20 +83,20 @@ def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: lis
     cluster = setting.cluster
     best = smallest(source, setting, legal)
     there = (
-        f"{setting.limit / GIB:.1f} GiB there ({1 - job.search.memory_margin:.0%} of {cluster.device.memory / GIB:.1f})"
+        f"{show_bytes(setting.limit)} there ({1 - job.search.memory_margin:.0%} of {show_bytes(cluster.device.memory)})"
     )
     if best is None:
         return f"no plan fits {cluster.name}: no pipeline can be cut under these pins; {there}"
     c, b = best.candidate, best.bytes
     parts = {"parameters": b.parameters, "gradients": b.gradients, "optimizer state": b.optimizer,
              "activations": b.activations, "buffers at the peak": b.transient}  # fmt: skip
-    largest = ", ".join(f"{k} {v / GIB:.1f}" for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
+    largest = ", ".join(f"{k} {show_bytes(v)}" for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
     where = f" on stage {best.stage}" if c.stages > 1 else ""
     hybrid = f", dp_shard={c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else ""
     text = (
-        f"no plan fits {cluster.name} ({cluster.devices} devices): {best.total / GIB:.1f} GiB per device needed at best{where} "
+        f"no plan fits {cluster.name} ({cluster.devices} devices): {show_bytes(best.total)} per device needed at best{where} "
         f"(tp={c.mesh.tp}, pp={c.mesh.pp}, dp={c.mesh.dp}{hybrid}, zero={c.zero}, microbatch={c.microbatch}, recompute "
-        f"{best.recompute}), {there}; {largest} GiB"
+        f"{best.recompute}), {there}; {largest}"
     )
     ways = relaxations(source, setting, batch, job, best)
     return f"{text}. Any of these would do: {'; '.join(ways)}" if ways else text
@@ -114,15 +116,22 @@ def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: 
         if loose is not None and loose.total < best.total * 0.999:
             c = loose.candidate
             found.append(
-                f"leave out the pins ({', '.join(sorted(free))}): {loose.total / GIB:.1f} GiB with tp={c.mesh.tp}, "
+                f"leave out the pins ({', '.join(sorted(free))}): {show_bytes(loose.total)} with tp={c.mesh.tp}, "
                 f"pp={c.mesh.pp}, zero={c.zero}, recompute {loose.recompute}"
             )
     if best.total > setting.limit:
-        found.append(f"{best.total / margin / GIB:.0f} GiB of memory per device")
+        found.append(f"{enough(best.total / margin)} of memory per device")
     hosts = more_hosts(source, setting, batch, job)
     if hosts is not None:
         found.append(hosts)
     return found
+
+
+def enough(bytes: float) -> str:
+    """Bytes rounded up, so that so much is enough: whole GiB where there are some."""
+    if bytes >= GIB:
+        return f"{math.ceil(bytes / GIB)} GiB"
+    return show_bytes(math.ceil(10 * bytes / MIB) * MIB / 10)
 
 
 def unpinned(source: Source, setting: Setting, batch: Batch, job: Job) -> Need | None:
@@ -141,7 +150,7 @@ def more_hosts(source: Source, setting: Setting, batch: Batch, job: Job) -> str 
         pins = job.pins.model_copy(update={"dp": None, "dp_replicate": None, "pp": None})
         made = least_on(Source(source.program, cluster, wider, job), wider, cluster, batch, pins)
         if made is not None and made.total <= setting.limit:
-            return f"{cluster.hosts} hosts ({made.total / GIB:.1f} GiB per device)"
+            return f"{cluster.hosts} hosts ({show_bytes(made.total)} per device)"
     return None
 
 

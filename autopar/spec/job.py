@@ -112,6 +112,10 @@ class Pins(Spec):
             raise ValueError(f"zero 0 divides nothing; dp_shard {shard} goes with zero 1, 2 or 3")
         if self.zero and shard == 1 and (self.dp or 1) > 1:
             raise ValueError(f"dp_shard 1 divides nothing, which is zero 0, not zero {self.zero}")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "sequence_parallel splits over tp, which is pinned to 1; a larger tp, or false, would be right"
+            )
         return self
 
 

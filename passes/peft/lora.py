@@ -28,7 +28,8 @@ class Lora(Pass):
     """``W x`` becomes ``W x + scale · B A dropout(x)``, scale = alpha / rank (alpha / √rank if ``rank_stabilized``,
     Kalajdzievski 2023, arXiv:2312.03732).
 
-    ``targets`` are roles (`query`, `value`, …) or globs of module names. Everything but A and B is frozen. A starts as a
+    ``targets`` are roles or globs of module names; left out: query and value, or the one layer that makes them together with
+    the keys. Everything but A and B is frozen. A starts as a
     linear layer's weight does, B at zero, so the first step is the base model's. ``dora`` (Liu et al. 2024,
     arXiv:2402.09353) trains the norm of every row of W + scale · B A apart from its direction; as there, section 4.3, the
     norm it is divided by counts as constant.
@@ -40,7 +41,7 @@ class Lora(Pass):
     rank: int = pydantic.Field(8, ge=1)
     alpha: float = pydantic.Field(16.0, gt=0)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = pydantic.Field(("query", "value"), min_length=1)
+    targets: tuple[str, ...] | None = pydantic.Field(None, min_length=1)
     rank_stabilized: bool = False
     dora: bool = False
 
@@ -49,7 +50,7 @@ class Lora(Pass):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def rewrite(self, program: Program) -> None:
-        chosen = select(program, self.name, self.targets, (Linear,) if self.dora else (Linear, Embedding))
+        chosen = select(program, self.name, self.wanted(program), (Linear,) if self.dora else (Linear, Embedding))
         freeze(program)
         tensors: dict[str, Saved] = {}
         add = Added(program)
@@ -65,6 +66,14 @@ class Lora(Pass):
                 for n in names
             }
         record(program, self, "LORA", self.config(chosen), tensors, DECISIVE)
+
+    def wanted(self, program: Program) -> tuple[str, ...]:
+        """The targets, or where they are left out what Hu et al. adapt (section 7.1)."""
+        if self.targets is not None:
+            return self.targets
+        roles = set(program.roles.values())
+        together = "query_key_value" in roles and not {"query", "value"} & roles
+        return ("query_key_value",) if together else ("query", "value")
 
     def config(self, chosen: list[Layer]) -> dict[str, object]:
         """peft's `LoraConfig`."""

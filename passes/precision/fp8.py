@@ -14,6 +14,7 @@ from autopar.ir.ops import Linear, view
 from autopar.ir.program import OUTER, Program
 from autopar.ir.rewrite import Numerics, Pass
 
+FP8 = torch.ops.autopar.fp8_linear.default
 STEP = 16  # widths that the hardware's 8-bit products take are multiples of this
 
 
@@ -40,13 +41,18 @@ class Fp8(Pass):
             for layer in chosen:
                 self.refuse_odd(layer)
         else:
-            chosen = [
-                x for x in layers(program, (Linear,)) if x.graph != OUTER and not any(w % STEP for w in widths(x))
-            ]
+            plain = [x for x in layers(program, (Linear,)) if x.graph != OUTER and x.view.node.target is not FP8]
+            chosen = [x for x in plain if not any(w % STEP for w in widths(x))]
+            if not chosen:
+                program.history.append(
+                    f"fp8: no linear layer of the blocks is left whose widths are multiples of {STEP}"
+                )
         for layer in chosen:
             rounded(dict(program.graphs())[layer.graph], layer.view.node)
 
     def refuse_odd(self, layer: Layer) -> None:
+        if layer.view.node.target is FP8:
+            raise PassError(f"fp8: {layer.paths[0]} is in 8 bits already")
         if any(w % STEP for w in widths(layer)):
             out, inner = widths(layer)
             raise PassError(
@@ -62,9 +68,7 @@ def rounded(graph: fx.Graph, linear: fx.Node) -> None:
     seen = view(linear)  # anew: its input may be a layer that was rounded before
     assert isinstance(seen, Linear), linear
     with graph.inserting_before(linear):
-        new = graph.call_function(
-            torch.ops.autopar.fp8_linear.default, (seen.x, seen.weight, seen.bias, torch.float8_e4m3fn)
-        )
+        new = graph.call_function(FP8, (seen.x, seen.weight, seen.bias, torch.float8_e4m3fn))
     new.meta = dict(linear.meta)
     linear.replace_all_uses_with(new)
     graph.erase_node(linear)

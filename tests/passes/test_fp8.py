@@ -81,3 +81,12 @@ def test_a_small_model_learns_in_8_bits_nearly_what_it_learns_in_32() -> None:
     (first, full), (first8, small) = finals
     assert first8 == pytest.approx(first, rel=2e-2)
     assert full < 0.75 * first and small - full < 0.05 * first
+
+
+def test_a_layer_is_rounded_once_and_a_model_with_none_that_fits_is_told() -> None:
+    once = rewrite(family_program("hf_llama"), [{"fp8": {}}])
+    again = rewrite(once, [{"fp8": {}}])
+    assert rounded(again) == rounded(once)
+    assert "fp8: no linear layer of the blocks is left whose widths are multiples of 16" in again.history
+    with pytest.raises(PassError, match="fp8: model.layers.0.self_attn.q_proj is in 8 bits already"):
+        rewrite(once, [{"fp8": {"targets": ["query"]}}])

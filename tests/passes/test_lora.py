@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 import autopar
 from autopar.api import compile_job
 from autopar.errors import CheckpointError, PassError
+from autopar.ir.rewrite import rewrite
 from autopar.models.load import build
 from autopar.runtime.seeded import Seeded
 from autopar.sharding.placement import R
 from autopar.spec.job import Job
+from tests.contracts.families import program as family_program
 from tests.passes.peft_cases import (
     adapted,
     assert_same,
@@ -137,3 +139,15 @@ def test_a_tied_head_is_adapted_apart_from_its_embedding() -> None:
     assert trainable == ["lm_head.lora_A.weight", "lm_head.lora_B.weight"]
     with pytest.raises(PassError, match="is tied to another layer"):
         program.merge()
+
+
+def test_without_targets_the_layer_that_makes_queries_and_values_together_is_adapted() -> None:
+    for family, wanted in (("hf_bloom", "query_key_value"), ("hf_llama", "q_proj")):
+        after = rewrite(family_program(family), [{"lora": {}}])
+        adapted = {n.rsplit(".", 3)[1] for n in after.parameters if n.endswith("lora_A.weight")}
+        assert wanted in adapted and adapted <= {"query_key_value", "q_proj", "v_proj"}
+
+
+def test_a_second_adapter_of_the_same_name_is_refused_in_the_passs_name() -> None:
+    with pytest.raises(PassError, match=r"^lora: the model has a parameter '.*lora_A.weight' already"):
+        rewrite(family_program("hf_llama"), [{"lora": {}}, {"lora": {}}])

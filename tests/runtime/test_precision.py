@@ -195,3 +195,8 @@ def test_units_are_gathered_in_the_dtype_they_are_read_in_and_gradients_summed_i
     assert worst < 0.01, "less than a step of AdamW"
     full = spawn(gathered, 2, str(tmp_path / "two"), batch, 4)[0]
     assert full[0] == losses
+
+
+def test_stochastic_rounding_of_float32_parameters_is_refused_when_planning(tmp_path):
+    with pytest.raises(PlanError, match="optimizer.rounding: .* these are float32"):
+        compiled(tmp_path / "b", dict(dp=2), {}, optimizer={"rounding": "stochastic"})

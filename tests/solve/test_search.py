@@ -13,6 +13,7 @@ from autopar.ir.program import Program
 from autopar.plan.plan import PlanDocument
 from autopar.solve.outcome import outcome
 from autopar.solve.search import evaluate, ordered, prepared, solve
+from autopar.solve.shortage import enough
 from autopar.solve.space import schedules
 from autopar.solve.stages import Cutter
 from autopar.spec.job import Job, Pins
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_explained_with_numbers_and_ways_out() -> None:
     with pytest.raises(InfeasibleError) as caught:
         plan(gpt(layers=8, vocab=32000), tight(0.3))
     text = str(caught.value)
-    for part in ("GiB per device needed at best", "0.3 GiB there", "optimizer state", "of memory per device", "hosts"):
+    for part in ("MiB per device needed at best", "291.8 MiB there", "optimizer state", "of memory per device", "hosts"):
         assert part in text, text
 
 
@@ -258,3 +259,13 @@ def test_no_schedule_is_planned_that_torch_refuses_to_run() -> None:
 def test_a_schedule_that_cannot_run_is_refused_with_its_numbers(pins: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         plan(gpt(layers=4), tight(80, 4), pins=pins)
+
+
+def test_pins_and_options_that_could_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="sequence_parallel splits over tp, which is pinned to 1"):
+        Pins(tp=1, sequence_parallel=True)
+
+
+def test_so_much_memory_as_the_message_says_is_enough() -> None:
+    assert enough(98.2 * 2**30) == "99 GiB" and enough(98.0 * 2**30) == "98 GiB"
+    assert enough(12.34 * 2**20) == "12.4 MiB"
