@@ -22,10 +22,21 @@ def errors(rows: Iterable[Row], job: Callable[[Row], dict[str, Any]]) -> list[fl
     return found
 
 
-def assert_close(found: list[float], mean: float = MEAN, largest: float = LARGEST) -> None:
-    told = ", ".join(f"{e:+.1%}" for e in found)
-    assert sum(map(abs, found)) / len(found) <= mean, told
-    assert max(map(abs, found)) <= largest, told
+class TargetMissed(Exception):
+    """The mean is above its target, though no worse than it was when last looked at."""
+
+
+missed = pytest.mark.xfail(raises=TargetMissed, strict=True)
+"""A table whose mean misses the target: getting worse fails, and so does meeting it, so that this mark goes."""
+
+
+def assert_close(found: list[float], known: float = MEAN) -> None:
+    """The mean is at most the target, or ``known`` where that is missed; the largest error at most its target."""
+    told, mean = ", ".join(f"{e:+.1%}" for e in found), sum(map(abs, found)) / len(found)
+    assert mean <= known, told
+    assert max(map(abs, found)) <= LARGEST, told
+    if mean > MEAN:
+        raise TargetMissed(told)
 
 
 def own(row: Row) -> dict[str, Any]:
@@ -41,11 +52,12 @@ def test_megatron_of_2021_takes_as_long_as_predicted() -> None:
     assert_close(errors([rows[0], rows[2], rows[4]], megatron))
 
 
+@missed
 def test_a_strong_scaling_of_megatron_takes_as_long_as_predicted() -> None:
     """The mean misses its target of 6 % by half a percent: all are too fast, as gradient sums are in float16 here."""
     found = errors([r for r in table("megatron_sc21_table2")["rows"] if r["zero"] == 0], megatron)
-    assert_close(found, mean=0.065)
     assert max(found) < 0
+    assert_close(found, known=0.065)
 
 
 def test_sharded_training_on_a100_takes_as_long_as_predicted() -> None:
@@ -66,10 +78,12 @@ def test_sharded_training_from_8_to_512_devices_takes_as_long_as_predicted(devic
     assert_close(errors(rows, foundry))
 
 
+@missed
 def test_megatron_core_without_tensor_parallelism_takes_as_long_as_predicted() -> None:
-    assert_close(errors(table("megatron_core_h100")["rows"][:1], megatron_core), mean=LARGEST)
+    assert_close(errors(table("megatron_core_h100")["rows"][:1], megatron_core), known=0.09)
 
 
+@missed
 def test_one_layer_takes_as_long_as_predicted_with_and_without_recompute() -> None:
     """The mean misses its target of 6 %: scale and mask are kernels of their own here, 0.9 of 20 ms, and a part of
     Megatron's softmax; a recomputation stops early here, and runs whole in Megatron."""
@@ -78,4 +92,4 @@ def test_one_layer_takes_as_long_as_predicted_with_and_without_recompute() -> No
         job = megatron(row, sequence_parallel=r["sequence_parallel"], recompute=r["recompute"])
         ours = layer_seconds(job, ("none", "selective", "full").index(r["recompute"]))
         found.append(1e3 * sum(ours) / (r["forward"] + r["backward"]) - 1)
-    assert_close(found, mean=0.08)
+    assert_close(found, known=0.08)
