@@ -107,10 +107,14 @@ class Source:
         if tp == 1:
             return replicated()
         if (tp, variant) not in self.assignments:
-            pinned = (self.pins.sequence_parallel, tuple((self.pins.placements or {}).items()))
-            key = (tp, variant, self.least_batch, pinned, priced(self.prices(tp)))
+            key = (tp, variant, *self.decisive(tp))
             self.assignments[tp, variant] = self.remembered("assignment", key, lambda: self.assigned(tp, variant))
         return self.assignments[tp, variant]
+
+    def decisive(self, tp: int) -> tuple[Any, ...]:
+        """All that an assignment follows from, but the program, the degree and the variant."""
+        placements = tuple((self.pins.placements or {}).items())
+        return self.least_batch, self.pins.sequence_parallel, placements, priced(self.prices(tp))
 
     def assigned(self, tp: int, variant: str) -> Assignment:
         return assign(
@@ -138,7 +142,7 @@ class Source:
         if key not in self.profiles:
             prices = self.prices(tp)
             make = lambda: profile(self.static(batch), self.assignment(tp, variant), prices)  # noqa: E731
-            whole = (*key, self.least_batch, self.pins.sequence_parallel, priced(prices))
+            whole = (*key, *self.decisive(tp))
             self.profiles[key] = make() if variant == GIVEN else self.remembered("profile", whole, make)
         return self.profiles[key]
 
