@@ -110,6 +110,6 @@ def test_a_second_plan_of_a_program_is_the_same_as_a_first(tmp_path):
     fresh = api.plan_job(job.model_copy(update={"pins": Pins(zero=1)}), {})
     assert changed.plan == fresh.plan and changed.cost == fresh.cost
     split = api.plan_job(job.model_copy(update={"pins": Pins(tp=8, zero=0)}), cache)
-    whole = job.model_copy(update={"pins": Pins(tp=8, zero=0, placements={"*.mlp.*": "R"})})
+    whole = job.model_copy(update={"pins": Pins(tp=8, zero=0, placements={"*.gate_proj.*": "S(0)"})})
     assert api.plan_job(whole, cache).cost == api.plan_job(whole, {}).cost != split.cost
     assert api.plan_job(job, cache).plan == first.plan
