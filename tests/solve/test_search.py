@@ -198,7 +198,13 @@ def test_what_does_not_fit_is_explained_with_numbers_and_ways_out() -> None:
     with pytest.raises(InfeasibleError) as caught:
         plan(gpt(layers=8, vocab=32000), tight(0.3))
     text = str(caught.value)
-    for part in ("MiB per device needed at best", "291.8 MiB there", "optimizer state", "of memory per device", "hosts"):
+    for part in (
+        "MiB per device needed at best",
+        "291.8 MiB there",
+        "optimizer state",
+        "of memory per device",
+        "hosts",
+    ):
         assert part in text, text
 
 
