@@ -80,11 +80,9 @@ def slowest(ranks: Sequence[Times]) -> Times:
 def compared(what: str, times: Times, ours: str, theirs: str, target: float, most: bool = True) -> Row:
     """``most``: ours over theirs, at most the target; otherwise theirs over ours (the speed-up), at least the target.
 
-    A time is the mean of a side's fastest quarter of steps: what else the machine does only ever adds to a step. (Tried
-    with one side against itself under a load of 8 on 2 cores: within 3 %, where the median of ratios was within 3 % and
-    the ratio of medians within 7 %.)
+    A time is the median of a side's steps: the sides take turns, so what else the machine does falls on both.
     """
-    mine, other = (1e3 * statistics.mean(sorted(times[n])[: max(1, len(times[n]) // 4)]) for n in (ours, theirs))
+    mine, other = (1e3 * statistics.median(times[n]) for n in (ours, theirs))
     ratio = mine / other if most else other / mine
     return Row(what, mine, other, ratio, target, most)
 

@@ -211,7 +211,8 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
 
 
 def test_control_c_in_the_shell_is_status_130(tmp_path):
-    code = "from autopar import cli, commands\nimport sys, time\n" + (
+    code = "from autopar import cli, commands\nimport signal, sys, time\n" + (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background starts without it
         "def handler(args, out):\n    print('ready', flush=True, file=sys.stderr)\n    time.sleep(60)\n"
         "commands.HANDLERS['plan'] = handler\nsys.exit(cli.main(['plan', 'x']))"
     )
