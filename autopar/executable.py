@@ -118,7 +118,8 @@ class Executable:
         source = chain(folder, base, self.builder()) if measured else None
         found: dict[str, torch.Tensor] = {}
         for name, initial in program.initial.items():
-            shape, dtype = program.parameters[name].shape, program.parameters[name].dtype
+            entry = program.parameters.get(name) or program.buffers[name]
+            shape, dtype = entry.shape, entry.dtype
             if not (held := program.tensors[name]).is_meta:
                 found[name] = held.detach().cpu().contiguous().clone()
             elif initial.kind == "norms":

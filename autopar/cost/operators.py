@@ -13,7 +13,7 @@ from autopar.sharding.placement import Placement, local_shape
 Shape = tuple[int, ...]
 
 PRODUCTS = {  # operator → positions (among its tensor operands) of the two factors
-    "linear": (0, 1), "fp8_linear": (0, 1), "linear_cross_entropy": (0, 1),
+    "linear": (0, 1), "fp8_linear": (0, 1), "fp8_linear_delayed": (0, 1), "linear_cross_entropy": (0, 1),
     "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1),
     "addmm": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2), "addmv": (1, 2), "einsum": (0, 1),
     "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1), "convolution": (0, 1),

@@ -149,6 +149,9 @@ def product_calls(call: Local) -> tuple[Call, ...]:
     if name == "fp8_linear":  # both factors are rounded before a product; the gradient of the weights stays as it is
         found = [c if c.side == WEIGHTS else replace(c, dtype="float8") for c in found]
         found += [Call(c.side, "vector", 0.0, call.moved) for c in found if c.dtype]
+    if name == "fp8_linear_delayed":  # every product takes rounded factors, and the largest of each is looked for
+        found = [replace(c, dtype="float8") for c in found]
+        found += [Call(c.side, "vector", 0.0, 2 * call.moved) for c in found]
     for position, v in enumerate(wanted):
         if position not in PRODUCTS[name] and flows(v):
             found.append(Call(side_of(v), "vector", 0.0, call.result))
@@ -164,7 +167,7 @@ def product_shape(call: Local) -> Product | None:
         return None
     a, b = (call.given[i] for i in PRODUCTS[name])
     depth = a[-1]
-    if name in ("linear", "fp8_linear"):
+    if name in ("linear", "fp8_linear", "fp8_linear_delayed"):
         return 1, numel(a) // max(depth, 1), numel(b) // max(depth, 1), depth
     if len(b) < 2 or len(made) < 2:
         return 1, numel(made), 1, depth

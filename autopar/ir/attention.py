@@ -14,8 +14,8 @@ SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 STOPS = {
     "aten::linear", "aten::addmm", "aten::mm", "aten::embedding", "aten::topk", "aten::sort", "aten::gather", "aten::scatter",
-    "aten::one_hot", "aten::layer_norm", "aten::rms_norm", "autopar::fp8_linear", "autopar::rms_norm", "autopar::layer_norm",
-    "autopar::add_rms_norm", "autopar::add_layer_norm", "autopar::glu",
+    "aten::one_hot", "aten::layer_norm", "aten::rms_norm", "autopar::fp8_linear", "autopar::fp8_linear_delayed",
+    "autopar::rms_norm", "autopar::layer_norm", "autopar::add_rms_norm", "autopar::add_layer_norm", "autopar::glu",
 }  # fmt: skip
 """What scores and their softmax never go through between the two products: what a router's do, which is no attention."""
 REACH = 12

@@ -279,6 +279,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits", "soft_margin_loss"), loss),
     "linear": linear,
     "fp8_linear": linear,
+    "fp8_linear_delayed": linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "baddbmm"), matmul),
     "addmm": addmm,
     "einsum": einsum,

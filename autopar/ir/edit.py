@@ -14,7 +14,7 @@ from autopar.errors import PassError, suggestion
 from autopar.ir.adapters import trained
 from autopar.ir.initial import Initial
 from autopar.ir.ops import Embedding, Linear, view
-from autopar.ir.program import OUTER, Parameter, Program, copy_graph
+from autopar.ir.program import OUTER, Advance, Parameter, Program, copy_graph
 
 KINDS = {Linear: "linear layer", Embedding: "embedding"}
 
@@ -138,6 +138,31 @@ def add_parameter(
     return placeholder(program.blocks[graph], name, shape, dtype, program)
 
 
+def add_state(
+    program: Program, graph: str, name: str, shape: tuple[int, ...], initial: Initial, advance: Advance
+) -> fx.Node:
+    """As `add_parameter`, a float32 buffer that operators write into and ``advance`` carries from step to step. A name that
+    the graph has already is that buffer: two readers share it."""
+    inner = program.graph if graph == OUTER else program.blocks[graph]
+    there = next((n for n in inner.nodes if n.op == "placeholder" and n.meta["name"] == name), None)
+    if there is not None:
+        return there
+    if graph == OUTER:
+        return outer_state(program, name, shape, initial, advance)
+    for call in program.calls():
+        if call.target == graph:
+            new = outer_state(program, f"{call.meta['path']}.{name}", shape, initial, advance)
+            call.args = (*call.args, new)
+    return placeholder(inner, name, shape, torch.float32, program, kind="buffer")
+
+
+def outer_state(program: Program, name: str, shape: tuple[int, ...], initial: Initial, advance: Advance) -> fx.Node:
+    program.buffers[name] = Parameter(name, shape, torch.float32, trainable=False, persistent=False, advance=advance)
+    program.initial[name] = initial
+    program.tensors[name] = initial.make(name, shape, torch.float32)
+    return placeholder(program.graph, name, shape, torch.float32, program, kind="buffer")
+
+
 def outer_parameter(
     program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, initial: Initial
 ) -> fx.Node:
@@ -161,14 +186,16 @@ def first_value(
     return initial.make(name, shape, dtype)
 
 
-def placeholder(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch.dtype, program: Program) -> fx.Node:
-    """A parameter placeholder after the others of a graph."""
+def placeholder(
+    graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch.dtype, program: Program, kind: str = "parameter"
+) -> fx.Node:
+    """A parameter or buffer placeholder after the others of a graph."""
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         new = graph.placeholder(name.replace(".", "_"))
     new.target = new.name  # the argument's name in generated code; fx makes only the node's a unique identifier
     mode = next((m for n in graph.nodes if (m := getattr(n.meta.get("val"), "fake_mode", None)) is not None), None)
-    new.meta.update(kind="parameter", name=name, path="", requires_grad=True)
+    new.meta.update(kind=kind, name=name, path="", requires_grad=kind == "parameter", carried=kind == "buffer")
     with mode or contextlib.nullcontext():
         new.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
     return new

@@ -16,7 +16,8 @@ from autopar.ir.specialize import example_sizes
 class ProgramModule(nn.Module):
     """``forward(**batch) -> (loss_sum, count)``; parameters under their original names, shared with the traced module.
 
-    The batch may have any size and length the program allows; each is specialized once.
+    The batch may have any size and length the program allows; each is specialized once. Buffers that are carried from step
+    to step (`Advance`) move on at the first call after the parameters changed, or when `advance` is called.
     """
 
     def __init__(self, program: Program) -> None:
@@ -27,6 +28,8 @@ class ProgramModule(nn.Module):
             attach(self, name, as_declared(program.tensors[name], parameter.trainable), parameter=True)
         for name in program.buffers:
             attach(self, name, program.tensors[name], parameter=False)
+        self.carries = any(b.advance is not None for b in program.buffers.values())
+        self.version = self.changes()
 
     def forward(self, *args: Any, **batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if args:
@@ -36,11 +39,26 @@ class ProgramModule(nn.Module):
             raise TraceError(
                 f"the batch lacks {missing[0]!r}; the program was traced with {', '.join(self.program.inputs)}"
             )
+        if self.carries and self.version != self.changes():
+            self.advance()
         sizes = example_sizes_of(batch, self.program)
         if sizes not in self.static:
             static = self.program.at(batch=sizes[0], length=sizes[1] if len(sizes) > 1 else None)
             self.static[sizes] = compiled(static, device_of(batch))
         return run(*self.static[sizes], self.values(batch))  # type: ignore
+
+    def changes(self) -> int:
+        """Grows with every change of a parameter in place: an optimizer's step."""
+        return sum(p._version for p in self.parameters()) if self.carries else 0
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """End a step: what operators noted in the buffers they write into is used from the next call on."""
+        held = dict(self.named_buffers(remove_duplicate=False))
+        for name, buffer in self.program.buffers.items():
+            if buffer.advance is not None:
+                buffer.advance(held[name])
+        self.version = self.changes()
 
     def values(self, batch: dict[str, Any]) -> dict[str, Any]:
         held = {

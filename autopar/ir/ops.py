@@ -10,6 +10,9 @@ from torch import fx
 
 aten = torch.ops.aten
 
+ROUNDED = ("autopar::fp8_linear", "autopar::fp8_linear_delayed")
+"""Linear layers of our own: x, weight and bias are their first operands."""
+
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node in the order they are written, lists flattened, duplicates kept."""
@@ -85,7 +88,7 @@ def view(node: fx.Node) -> Linear | Embedding | Norm | Attention | None:
         return None
     if node.target is aten.linear.default:
         return Linear(node, argument(node, 0), argument(node, 1), argument(node, 2))
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "autopar::fp8_linear":
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in ROUNDED:
         return Linear(node, argument(node, 0), argument(node, 1), argument(node, 2))
     if node.target is aten.embedding.default:
         return Embedding(node, argument(node, 0), argument(node, 1))

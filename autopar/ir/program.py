@@ -20,8 +20,22 @@ OUTER = "program"
 
 
 @dataclass(frozen=True)
+class Advance:
+    """How a buffer that operators write into goes from step to step: column 0 of its last dim is what a step observed, of
+    which all devices take the largest; then a torch operator (``namespace::name``) changes it in place, with options."""
+
+    operator: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, state: torch.Tensor) -> None:
+        namespace, name = self.operator.split("::")
+        getattr(getattr(torch.ops, namespace), name)(state, **dict(self.options))
+
+
+@dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer the program reads. ``alias_of``: the first name of the tensor it is tied to."""
+    """A parameter or buffer the program reads. ``alias_of``: the first name of the tensor it is tied to. ``advance``: of a
+    buffer that is state, carried from step to step."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,6 +44,7 @@ class Parameter:
     alias_of: str | None = None
     role: str | None = None
     persistent: bool = True  # part of the model's own state_dict
+    advance: Advance | None = None
 
     @property
     def numel(self) -> int:

@@ -4,6 +4,7 @@ from autopar.kernels.adamw import adamw_
 from autopar.kernels.attention import flash_attention, flash_attention_backward, merge
 from autopar.kernels.backend import interpreted
 from autopar.kernels.fp8 import fp8_linear
+from autopar.kernels.fp8_delayed import fp8_linear_delayed
 from autopar.kernels.glu import glu
 from autopar.kernels.loss import linear_cross_entropy, linear_logsumexp
 from autopar.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "fp8_linear",
+    "fp8_linear_delayed",
     "glu",
     "interpreted",
     "layer_norm",

@@ -196,7 +196,10 @@ class StageWriter:
             self.parameters.append(entry)
         else:
             buffer = self.program.buffers.get(name)
-            self.buffers.append({**entry, "persistent": buffer is not None and buffer.persistent})
+            entry["persistent"] = buffer is not None and buffer.persistent
+            if buffer is not None and buffer.advance is not None:
+                entry["advance"] = {"operator": buffer.advance.operator, "options": dict(buffer.advance.options)}
+            self.buffers.append(entry)
 
     def literal(self, name: str) -> str | None:
         """A small constant written out."""

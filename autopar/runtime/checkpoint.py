@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from autopar.errors import CheckpointError, RuntimeFault
-from autopar.runtime import materialize
-from autopar.runtime.parameters import Held
+from autopar.runtime import carried, materialize
+from autopar.runtime.parameters import Held, Shard
 from autopar.runtime.pieces import Pieces
+from autopar.sharding.placement import R
 
 if TYPE_CHECKING:
     from autopar.runtime.engine import Engine
@@ -59,7 +60,7 @@ def save(engine: Engine, root: Path, extra: dict[str, Any] | None = None, *, tra
 
 
 def load(engine: Engine, path: Path) -> dict[str, Any]:
-    """Fill parameters and optimizer state from a checkpoint; returns its ``state.json``. Collective.
+    """Fill parameters, optimizer state and what stages carry from a checkpoint; returns its ``state.json``. Collective.
 
     Raises CheckpointError naming the tensors that are missing, of another shape, or unknown to the model.
     """
@@ -119,6 +120,9 @@ def _tensors(engine: Engine, held: list[Held]) -> Iterator[tuple[str, Pieces]]:
             for key in engine.optimizer.moments:
                 tensor = moments[id(h)][key]
                 yield f"optim.{h.name}.{key}", Pieces(h.shard.shape, tensor, h.shard.pieces(tensor))
+    for state in engine.states:
+        whole = Shard(state.entry.shape, R, 0, 1)
+        yield f"state.{state.entry.name}", Pieces(whole.shape, state.tensor, whole.pieces(state.tensor))
 
 
 def chosen(engine: Engine, trainable_only: bool) -> list[Held]:
@@ -136,7 +140,7 @@ def _expected(engine: Engine, trainable_only: bool) -> dict[str, tuple[int, ...]
             wanted[f"model.{name}"] = item.shape
             if item.trainable:
                 wanted |= {f"optim.{name}.{key}": item.shape for key in engine.optimizer.moments}
-    return wanted
+    return wanted | {f"state.{name}": shape for name, shape in carried.expected(engine.manifest).items()}
 
 
 def _check(folder: Path, metadata: Metadata, wanted: dict[str, tuple[int, ...]]) -> None:

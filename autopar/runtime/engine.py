@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError
-from autopar.runtime import adapter, checkpoint, gradients, materialize, pipeline, zero
+from autopar.runtime import adapter, carried, checkpoint, gradients, materialize, pipeline, zero
 from autopar.runtime.batch import microbatches
 from autopar.runtime.folder import BuildFolder
 from autopar.runtime.gather import buffers, gather
@@ -54,6 +54,7 @@ class Engine:
         self.stages = [self._stage(read, i, source) for i in pipeline.stages_of(self.world.rank("pp"), self.plan)]
         parts = [(entry, module) for _, entry, module in self.stages]
         self.held = held_by(parts, self.manifest, self.world)
+        self.states = carried.carried_by(parts)
         count = self.plan.microbatches
         reduce = self.manifest.reduce_dtype
         self.replicas = [zero.Replicas(m, e.units, count, reduce, self.world) for e, m in parts]
@@ -128,7 +129,8 @@ class Engine:
         return total
 
     def apply(self) -> None:
-        """Clip by the true global norm (if asked for), update, and forget the gradients; no update if they overflowed."""
+        """Clip by the true global norm (if asked for), update, and forget the gradients; no update if they overflowed.
+        What stages carry from step to step moves on."""
         if self.clip is not None and self.finite:
             self.norm = gradients.norm(self.held, self.world)
             gradients.clip(self.held, self.clip, self.norm)
@@ -136,6 +138,7 @@ class Engine:
             self.optimizer.step()
         if self.scale:
             self.scale.update(self.finite)
+        carried.advance(self.states, self.world)
         for held in self.held:
             held.parameter.grad = None
 

@@ -45,10 +45,19 @@ class ParameterEntry(TensorEntry):
     read: str | None = None
 
 
+class AdvanceEntry(_Data):
+    """The torch operator that carries a state to the next step, in place, and its options."""
+
+    operator: str
+    options: dict[str, Any] = {}
+
+
 class BufferEntry(TensorEntry):
-    """``persistent``: part of the model's own ``state_dict``."""
+    """``persistent``: part of the model's own ``state_dict``. ``advance``: of a state that the stage's operators write into:
+    column 0 of its last dim is what a step observed, merged by maximum over the ranks before it is carried on."""
 
     persistent: bool = False
+    advance: AdvanceEntry | None = None
 
 
 class Boundary(_Data):

@@ -109,6 +109,12 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def largest(self, tensor: torch.Tensor) -> None:
+        """Make every element the largest over the ranks that run the same stages, in place."""
+        for axis in AXES[1:]:
+            if (group := self.group(axis)) is not None:
+                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+
     def total(self, value: float) -> float:
         """The sum over stages and replicas of a number that is the same on all ranks along tp."""
         if self.shape.pp * self.shape.dp == 1:

@@ -88,7 +88,7 @@ class Casting:
     # ---------------------------------------------------------------- operators
 
     def function(self, node: fx.Node) -> None:
-        name, given = name_of(node), [n for n in operands(node) if floating(n)]
+        name, given = name_of(node), [n for n in operands(node) if floating(n) and not carried(n)]
         if name in OWN_STATISTICS:
             self.statistics(node, given)
         elif name in WIDE or statistic(node):
@@ -185,6 +185,11 @@ class Casting:
 def floating(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def carried(node: fx.Node) -> bool:
+    """Whether a node is state that its readers write into: it is read as it is."""
+    return node.op == "placeholder" and node.meta.get("carried", False)
 
 
 def dtypes(node: fx.Node) -> list[torch.dtype]:
