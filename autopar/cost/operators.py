@@ -144,6 +144,8 @@ def einsum_size(equation: str, shapes: list[Shape]) -> float:
 
 def is_causal(node: fx.Node) -> bool:
     """Whether a fused attention call masks the future itself (a flag, not a mask)."""
+    if op_name(node) == "flex_attention":
+        return node.kwargs.get("causal") is True
     if op_name(node) == "flash_attention":
         return node.kwargs.get("causal") is True or (len(node.args) > 8 and node.args[8] is True)
     return node.kwargs.get("is_causal") is True or (len(node.args) > 5 and node.args[5] is True)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-FUSED = {"aten::scaled_dot_product_attention", "autopar::flash_attention"}
+FUSED = {"aten::scaled_dot_product_attention", "autopar::flash_attention", "autopar::flex_attention"}
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 STOPS = {

@@ -253,6 +253,13 @@ def flash_attention(call: Call) -> tuple[Value, Value]:
     return call.kept(0), call.kept(0)
 
 
+def flex_attention(call: Call) -> Value:
+    """Attention of one sequence; its mask may be its own."""
+    if any(v.dim != 0 for _, v in call.rows()):
+        raise Mixing("attends over the batch")
+    return call.kept(0)
+
+
 def linear_loss(call: Call) -> Value:
     """A sum over rows."""
     rows = call.rows()
@@ -296,6 +303,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("add_layer_norm", "add_rms_norm"), norm_of_sum),
     "rotary": rotary,
     "flash_attention": flash_attention,
+    "flex_attention": flex_attention,
     "linear_cross_entropy": linear_loss,
     **dict.fromkeys(("view", "reshape", "unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), reshaped),
     **dict.fromkeys(("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim"), permuted),

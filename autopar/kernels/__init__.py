@@ -3,6 +3,7 @@
 from autopar.kernels.adamw import adamw_
 from autopar.kernels.attention import flash_attention, flash_attention_backward, merge
 from autopar.kernels.backend import interpreted
+from autopar.kernels.flex import flex_attention
 from autopar.kernels.fp8 import fp8_linear
 from autopar.kernels.fp8_delayed import fp8_linear_delayed
 from autopar.kernels.glu import glu
@@ -17,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "flash_attention",
     "flash_attention_backward",
+    "flex_attention",
     "fp8_linear",
     "fp8_linear_delayed",
     "glu",

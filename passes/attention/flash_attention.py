@@ -54,25 +54,30 @@ def replace(program: Program, name: str, graph: fx.Graph, seen: Attention) -> No
         raise UnlikeError(f"its queries have {query.dim()} dims, not (batch, heads, length, width), or another batch")
     if seen.dropout:
         raise UnlikeError("its weights are dropped out")
-    heads = int(query.shape[1])
-    mask = Mask(causal=seen.causal) if seen.mask is None else described(program, name, seen.mask, heads)
+    mask = Mask(causal=seen.causal)
+    if seen.mask is not None:
+        mask = described(program, name, seen.mask, int(query.shape[1]))
+    options = words(program, name, graph, seen, mask)
     with graph.inserting_before(seen.node):
         make = Maker(graph, str(seen.node.meta.get("path", "")))
-        options = {
-            "slopes": None if mask.slopes is None else slopes_here(program, name, graph, seen.mask, heads),
-            "scale": seen.scale,
-            "causal": mask.causal or None,
-            "window": mask.window or None,
-            "softcap": seen.node.meta.get("softcap"),
-            "offset": mask.offset or None,
-        }
-        both = make(
-            torch.ops.autopar.flash_attention.default,
-            seen.query, seen.key, seen.value, **{k: v for k, v in options.items() if v is not None},
-        )  # fmt: skip
+        both = make(torch.ops.autopar.flash_attention.default, seen.query, seen.key, seen.value, **options)
         mixed = make(operator.getitem, both, 0)
     seen.node.replace_all_uses_with(mixed)
     graph.erase_node(seen.node)
+
+
+def words(program: Program, name: str, graph: fx.Graph, seen: Attention, mask: Mask) -> dict[str, Any]:
+    """A call's options, those that are not the kernel's defaults."""
+    heads = int(seen.query.meta["val"].shape[1])
+    options = {
+        "slopes": None if mask.slopes is None else slopes_here(program, name, graph, seen.mask, heads),
+        "scale": seen.scale,
+        "causal": mask.causal or None,
+        "window": mask.window or None,
+        "softcap": seen.node.meta.get("softcap"),
+        "offset": mask.offset or None,
+    }
+    return {k: v for k, v in options.items() if v is not None}
 
 
 def sources(program: Program, name: str, mask: fx.Node) -> list[fx.Node]:
@@ -129,6 +134,8 @@ def to_torch(program: Program, who: str) -> None:
 
     for _, graph in program.graphs():
         for node in list(graph.nodes):
+            if node.target is torch.ops.autopar.flex_attention.default:
+                raise PassError(f"{who}: put it before flex_attention, whose kernel has its masks in words of its own")
             if node.target is not torch.ops.autopar.flash_attention.default:
                 continue
             options = node.kwargs

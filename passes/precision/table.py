@@ -21,7 +21,8 @@ COMPUTE = words(
     "fp8_linear fp8_linear_delayed "
     "linear matmul mm bmm mv addmm addmv addbmm baddbmm einsum bilinear chain_matmul dot conv1d conv2d conv3d "
     "convolution conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention embedding embedding_bag "
-    "layer_norm rms_norm group_norm add_layer_norm add_rms_norm rotary flash_attention linear_cross_entropy prelu lstm gru"
+    "layer_norm rms_norm group_norm add_layer_norm add_rms_norm rotary flash_attention flex_attention "
+    "linear_cross_entropy prelu lstm gru"
 )
 """Products, the tables that feed them, and norms that are one operator: all floating operands in the compute dtype."""
 
