@@ -28,8 +28,10 @@ Cache = dict[Any, tuple["Program", float]]
 def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, full: bool = False) -> Program:
     """The model and its objective as a `Program`. See `autopar.ir.trace.trace`."""
     from autopar.ir.trace import trace as run
+    from autopar.models.hosted_experts import experts_routed
 
-    return run(model, batch, loss=loss, full=full)
+    with experts_routed(model):
+        return run(model, batch, loss=loss, full=full)
 
 
 def rewrite(program: Program, passes: Passes = ()) -> Program:

@@ -73,6 +73,7 @@ def prove_module(
     """`prove` for a module at hand (moved to float64) on ``job.cluster``, under ``plan`` or the best one."""
     from autopar.api import planned, rewrite, trace
     from autopar.cluster.cluster import Cluster
+    from autopar.models.hosted_experts import experts_by
 
     model = model.double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -82,7 +83,8 @@ def prove_module(
         if lowered(program):
             program = raised(program, traced)
         document = planned(program, Cluster.load(job.cluster), job) if plan is None else document_of(plan)
-        reference = one_process(program, model, batch, job, loss)
+        with experts_by(model):
+            reference = one_process(program, model, batch, job, loss)
         found = executed(program, document, batch, job)
     return proof(reference, found, document.plan, job.optimizer.lr)
 

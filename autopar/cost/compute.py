@@ -8,6 +8,7 @@ from torch import fx
 
 from autopar.cluster import Device
 from autopar.cluster.cluster import interpolate
+from autopar.cost.mixture import is_mixture, trained
 from autopar.cost.operators import PRODUCTS, is_attention, is_product, local_shapes, products
 from autopar.cost.precision import Precision
 from autopar.cost.tiles import filling
@@ -110,5 +111,7 @@ def model_flops(node: fx.Node) -> float:
     forward = products(node, shapes, made)
     if is_attention(node):
         return forward * (3 if any(flows(v) for v in given[:3]) else 1)
+    if is_mixture(node):
+        return forward * (1 + sum(trained(node)))
     factors = [given[i] for i in PRODUCTS[op_name(node)] if i < len(given)]
     return forward * (1 + sum(flows(v) for v in factors))

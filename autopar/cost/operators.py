@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from autopar.cost.mixture import is_mixture, mixture
 from autopar.cost.values import flows, is_view, numel, op_name, reads, tensor, tensors
 from autopar.sharding.placement import Placement, local_shape
 
@@ -89,12 +90,14 @@ INDEXING = frozenset(
 @dataclass(frozen=True)
 class Kept:
     """What autograd saves: positions of operands and outputs, of operands it keeps something of the same shape for
-    (``like``), and bytes beside them (masks, statistics; of the whole tensors, not the local ones)."""
+    (``like``, or ``ratio`` times as much), and bytes beside them (masks, statistics; of the whole tensors, not the local
+    ones)."""
 
     operands: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     extra: float = 0.0
     like: tuple[int, ...] = ()
+    ratio: float = 1.0  # of each operand in ``like``
 
 
 def local_shapes(
@@ -112,7 +115,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def is_product(node: fx.Node) -> bool:
-    return is_attention(node) or op_name(node) in PRODUCTS
+    return is_attention(node) or is_mixture(node) or op_name(node) in PRODUCTS
 
 
 def products(node: fx.Node, given: list[Shape], made: list[Shape]) -> float:
@@ -121,6 +124,8 @@ def products(node: fx.Node, given: list[Shape], made: list[Shape]) -> float:
     if is_attention(node):
         q, k, v = given[:3]
         return 2.0 * numel(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    if is_mixture(node):
+        return mixture(node, given).flops
     a, b = PRODUCTS[name]
     if name == "linear_cross_entropy":
         return 2.0 * numel(given[a]) * given[b][0]
@@ -174,6 +179,8 @@ def kept_by(node: fx.Node) -> Kept:
     if is_attention(node):
         rows = numel(tuple(tensor(given[0]).shape[:-1]))
         return Kept(tuple(range(min(len(given), 4))), (0,), 4.0 * rows)
+    if is_mixture(node):
+        return mixture_keeps(node)
     if name == "linear_cross_entropy":
         return Kept((0, 2), (), 4.0 * tensor(given[0]).shape[0])  # each row's log-sum-exp; logits are made again
     if name == "rotary":
@@ -202,6 +209,15 @@ def kept_by(node: fx.Node) -> Kept:
     if name in ("where", "masked_fill", "masked_scatter"):
         return Kept(tuple(i for i, v in enumerate(given) if tensor(v).dtype == torch.bool))
     return Kept(tuple(i for i, v in enumerate(given) if tensor(v).is_floating_point()))
+
+
+def mixture_keeps(node: fx.Node) -> Kept:
+    """Operands; of the first products as much as the pairs' share of the weights they come from; where each pair is, and
+    where each expert's end."""
+    given = reads(node)
+    made = mixture(node, [tuple(tensor(v).shape) for v in given])
+    weights = tuple(range(4, 4 + made.first))
+    return Kept((0, 1), (), 8.0 * (made.pairs + made.experts), weights, made.tokens / made.hidden)
 
 
 def two_factors(name: str, node: fx.Node) -> Kept:

@@ -10,7 +10,8 @@ from torch import fx
 
 from autopar.cluster import AxisLink, Device
 from autopar.cost import collective, compute
-from autopar.cost.operators import kept_by
+from autopar.cost.mixture import is_mixture, scratch
+from autopar.cost.operators import kept_by, local_shapes
 from autopar.cost.precision import Precision
 from autopar.cost.values import (
     Value,
@@ -162,7 +163,7 @@ class Measure:
             for v, p in keys:
                 if not stored(v) and not self.is_shared(v):
                     found[v, p] = self.bytes(v, p)
-            extra += sum(self.bytes(given[i], s.inputs[i]) for i in kept.like)
+            extra += kept.ratio * sum(self.bytes(given[i], s.inputs[i]) for i in kept.like)
             if kept.extra:
                 extra += (
                     kept.extra * local_numel((node, 0), s.outputs[0], self.degree) / max(1, tensors(node)[0].numel())
@@ -286,9 +287,16 @@ class Measure:
                     size = self.bytes(v, self.at(v))
                     live += size
                     ends.setdefault(last.get(v, i), []).append(size)
-            top = max(top, live)
+            top = max(top, live + self.scratch(node)[0])
             live -= sum(ends.pop(i, []))
         return top
+
+    def scratch(self, node: fx.Node) -> tuple[float, float]:
+        """Bytes of a node's own while it runs, forward and backward."""
+        if not is_mixture(node):
+            return 0.0, 0.0
+        shapes, _ = local_shapes(node, self.placed.of(self.name, node).inputs, (), self.degree)
+        return scratch(node, shapes, self.size(tensors(node)[0].dtype))
 
     def backward_peak(self) -> float:
         """Gradients live from the first reader (in backward order) until their maker has used them."""
@@ -300,7 +308,7 @@ class Measure:
                 if flows(v) and parameter(v) is None and v not in alive:
                     alive[v] = self.bytes(v, self.at(v))
                     live += alive[v]
-            top = max(top, live)
+            top = max(top, live + self.scratch(node)[1])
             if not is_view(node):
                 live -= sum(alive.pop((node, i), 0.0) for i in range(len(tensors(node))))
             else:

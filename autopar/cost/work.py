@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from autopar.cost.mixture import is_mixture, mixture, trained
 from autopar.cost.operators import (
     ATTENTION_BACKWARD,
     PRODUCTS,
@@ -106,6 +107,8 @@ def work(
     dtype = precision.running(tensors(node)[0].dtype)
     if is_attention(node):
         return Work(attention_calls(call), dtype)
+    if is_mixture(node):
+        return Work(mixture_calls(call), dtype)
     return Work(product_calls(call) if is_product(node) else vector_calls(call), dtype)
 
 
@@ -155,6 +158,23 @@ def product_calls(call: Local) -> tuple[Call, ...]:
     for position, v in enumerate(wanted):
         if position not in PRODUCTS[name] and flows(v):
             found.append(Call(side_of(v), "vector", 0.0, call.result))
+    return tuple(found)
+
+
+def mixture_calls(call: Local) -> tuple[Call, ...]:
+    """Tokens gathered, products of each expert, the activation between them, tokens summed; backward twice the products."""
+    made, size = mixture(call.node, call.given), call.sizes[0] / max(numel(call.given[0]), 1)
+    rows, middle = made.pairs * made.hidden * size, made.pairs * made.ffn * size
+    found = [Call(FORWARD, "vector", 0.0, 2 * rows), Call(FORWARD, "vector", 0.0, (made.first + 1) * middle)]
+    found.append(Call(FORWARD, "vector", 0.0, 2 * rows + call.result))
+    wanted = [side for side, w in zip((INPUTS, WEIGHTS), trained(call.node), strict=True) if w]
+    for product in made.products:
+        count, m, n, k = product
+        flops, moved = 2.0 * count * m * n * k, size * count * (m * k + n * k + m * n)
+        found.append(Call(FORWARD, "matmul", flops, moved, product))
+        found += [Call(s, "matmul", flops, moved, turned(product, s - INPUTS)) for s in wanted]
+    if wanted:
+        found.append(Call(INPUTS, "vector", 0.0, 3 * rows + (2 * made.first + 2) * middle))
     return tuple(found)
 
 

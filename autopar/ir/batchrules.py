@@ -260,6 +260,14 @@ def flex_attention(call: Call) -> Value:
     return call.kept(0)
 
 
+def routed_experts(call: Call) -> Value:
+    """Every token by itself; experts are the same for all."""
+    rows = call.rows(merged=True)
+    if any(n not in call.node.args[:3] or v.dim for n, v in rows):
+        raise Mixing("experts made from the batch")
+    return aligned(call, rows, 2)
+
+
 def linear_loss(call: Call) -> Value:
     """A sum over rows."""
     rows = call.rows()
@@ -305,6 +313,7 @@ RULES: dict[str, Rule] = {
     "flash_attention": flash_attention,
     "flex_attention": flex_attention,
     "linear_cross_entropy": linear_loss,
+    "routed_experts": routed_experts,
     **dict.fromkeys(("view", "reshape", "unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), reshaped),
     **dict.fromkeys(("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim"), permuted),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expanded),

@@ -3,6 +3,7 @@
 from autopar.kernels.adamw import adamw_
 from autopar.kernels.attention import flash_attention, flash_attention_backward, merge
 from autopar.kernels.backend import interpreted
+from autopar.kernels.experts import routed_experts
 from autopar.kernels.flex import flex_attention
 from autopar.kernels.fp8 import fp8_linear
 from autopar.kernels.fp8_delayed import fp8_linear_delayed
@@ -30,4 +31,5 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary",
+    "routed_experts",
 ]

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError, CheckpointError, SpecError, suggestion
+from autopar.models.hosted_experts import EXACT
 from autopar.spec.family import family_of
 
-EXPERTS = "batched_mm"
-"""How mixtures of experts run: `eager` cannot be traced, `grouped_mm` refuses float64; this one is exact in both."""
 LEGACY = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "dtype", "num_labels", "id2label", "label2id"})
 """Options that transformers still reads although no config lists them."""
 MISSPELLED = 0.85
@@ -36,7 +35,7 @@ def build_huggingface(
     if config is None and not meta:
         return _pretrained(name, made, options)
     with explained(f"the config of '{name}'", config), torch.device("meta") if meta else contextlib.nullcontext():
-        return _model_class(made)._from_config(made, experts_implementation=EXPERTS, **options).train()
+        return _model_class(made)._from_config(made, experts_implementation=EXACT, **options).train()
 
 
 def read_config(name: str, config: Mapping[str, Any] | None) -> Any:
@@ -73,7 +72,7 @@ def _check_options(name: str, config: Mapping[str, Any], kind: Any) -> None:
 
 def _pretrained(name: str, made: Any, options: dict[str, Any]) -> nn.Module:
     folder, extra = _checkpoint(name)
-    options = {"experts_implementation": EXPERTS, **options}
+    options = {"experts_implementation": EXACT, **options}
     with explained(f"the checkpoint '{name}'", kind=CheckpointError):
         kind = _model_class(made)
         if "gguf_file" in extra:

@@ -23,8 +23,11 @@ class Spec:
     high: int = 4
     positive: bool = False
     constant: bool = False
+    counted: bool = False
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
+        if self.counted:
+            return torch.arange(self.shape[0])
         if self.dtype == torch.bool:
             return torch.rand(self.shape, generator=generator) < 0.7
         if self.dtype.is_complex:
@@ -53,6 +56,11 @@ def constant(*shape: int) -> Spec:
 def integers(*shape: int, high: int) -> Spec:
     """An int64 operand with values in [0, high)."""
     return Spec(shape, torch.int64, high)
+
+
+def counted(size: int) -> Spec:
+    """The int64 operand 0, 1, 2, …"""
+    return Spec((size,), torch.int64, counted=True)
 
 
 def truths(*shape: int) -> Spec:

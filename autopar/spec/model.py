@@ -93,7 +93,7 @@ class Experts(Spec):
     shared: Whole = 0
     shared_gate: Flag = False
     dense_layers: Whole = 0
-    dispatch: parts.Dispatch = "dense"
+    dispatch: parts.Dispatch = "routed"
 
     @model_validator(mode="after")
     def _chosen(self) -> Experts:

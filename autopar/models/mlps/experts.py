@@ -10,7 +10,7 @@ from autopar.models.layers import Linear
 from autopar.models.mlp import activation
 from autopar.models.mlps import gated
 from autopar.models.parts import part
-from autopar.spec.model import DecoderSpec, Experts
+from autopar.spec.model import GATED, DecoderSpec, Experts
 
 
 class ExpertWeights(nn.Module):
@@ -18,7 +18,7 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, spec: DecoderSpec, experts: int, ffn: int, output_std: float) -> None:
         super().__init__()
-        self.activation = activation(spec)
+        self.activation, self.activation_name = activation(spec), GATED.get(spec.activation, spec.activation)
         self.std, self.output_std = spec.initializer.std, output_std
         self.gate = nn.Parameter(torch.empty(experts, ffn, spec.hidden))
         self.up = nn.Parameter(torch.empty(experts, ffn, spec.hidden))
