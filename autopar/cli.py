@@ -92,6 +92,7 @@ def _arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("-o", "--output", metavar="PLAN.json", help="also write the plan to this file")
     elif name == "calibrate":
         add("-o", "--output", metavar="DEVICE.yaml", help="the cluster file to write (default: print it)")
+        add("--devices", type=_count, metavar="N", help="processes that share the cores (default: one for each)")
     elif name == "compare":
         add("models", nargs="+", metavar="MODEL", help="a name in specs/models, a model file, or a checkpoint")
         add("-o", "--output", metavar="PAGE.html", help="write the comparison, with bars, as one HTML page")

@@ -283,7 +283,7 @@ def calibrate(args: argparse.Namespace, out: TextIO) -> int:
         writable(args.output)
     from autopar.cluster import calibrate as module
 
-    measured = module.calibrate()
+    measured = module.calibrate(args.devices)
     text = module.as_yaml(measured)
     if args.output:
         write_text(args.output, text)

@@ -55,8 +55,8 @@ class Measured:
 
 
 def this_machine(ranks: int, found: dict[str, Any]) -> dict[str, Any]:
-    """The calibrated machine with ``ranks`` devices: more of them than cores share the cores."""
-    return {**found, "devices_per_host": ranks, "name": f"this machine, {ranks} processes"}
+    """The machine as ``ranks`` processes found it: more of them than cores share the cores."""
+    return {**found, "name": f"this machine, {ranks} processes"}
 
 
 def pinned(ranks: int, count: int, seed: int) -> Iterator[Pins]:
@@ -162,10 +162,10 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a target is missed")
     asked = parser.parse_args()
-    machine, missed, everything = calibrate(), False, []
+    machines, missed, everything = {ranks: calibrate(ranks) for ranks in asked.ranks}, False, []
     for name in asked.models:
         for ranks in asked.ranks:
-            cluster, rows = this_machine(ranks, machine), []
+            cluster, rows = this_machine(ranks, machines[ranks]), []
             rows.append(measured(name, ranks, cluster, Pins(), asked.rounds, chosen=True))
             for pins in pinned(ranks, asked.plans, seed=ranks):
                 try:

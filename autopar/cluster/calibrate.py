@@ -27,16 +27,17 @@ MOST_RANKS = 8  # processes measured at once
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def calibrate() -> dict[str, Any]:
+def calibrate(devices: int | None = None) -> dict[str, Any]:
     """This machine as the data of a cluster file; takes well under a minute. SI units.
 
-    A machine with CUDA is measured as its accelerators, another as one device for each core, all cores busy at once, as
-    they are in a run. Raises SpecError where processes cannot talk to each other.
+    A machine with CUDA is measured as its accelerators, another as one device for each core, or as so many ``devices``
+    (at most 8), which share the cores; all are busy at once, as they are in a run. Raises SpecError for more, and where
+    processes cannot talk to each other.
     """
     import torch
 
     accelerated = torch.cuda.is_available()
-    devices = torch.cuda.device_count() if accelerated else os.cpu_count() or 1
+    devices = _devices(devices, torch.cuda.device_count() if accelerated else os.cpu_count() or 1, accelerated)
     results = _on_ranks(min(devices, MOST_RANKS), "cuda" if accelerated else "cpu")
     device = _mean([result["device"] for result in results])
     spec: dict[str, Any] = {"name": "this-machine", "device": device, "devices_per_host": devices, "hosts": 1}
@@ -46,6 +47,15 @@ def calibrate() -> dict[str, Any]:
         spec["links"] = [{"span": "host", **_fit(results[0]["all_reduce"], len(results))}]
     read_cluster(Source(spec, "calibrate"))
     return spec
+
+
+def _devices(asked: int | None, there: int, accelerated: bool) -> int:
+    if asked is None:
+        return there
+    most = there if accelerated else MOST_RANKS
+    if not 1 <= asked <= most:
+        raise SpecError(f"calibrate: --devices {asked} cannot be measured here; 1 to {most} can")
+    return asked
 
 
 def as_yaml(measured: dict[str, Any]) -> str:

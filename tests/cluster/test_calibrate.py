@@ -30,3 +30,12 @@ def test_one_device_is_measured_as_a_cluster_file_that_loads(monkeypatch, tmp_pa
     cluster = Cluster.load(file)
     assert cluster.device.bandwidth == device["bandwidth"]
     assert 0 < cluster.device.share("matmul", 2.0 * 32**3) <= 1
+
+
+def test_so_many_devices_as_asked_or_a_word_that_they_cannot_be_measured() -> None:
+    assert calibrate._devices(None, 2, accelerated=False) == 2
+    assert calibrate._devices(4, 2, accelerated=False) == 4, "processes may share cores"
+    with pytest.raises(SpecError, match="--devices 9 cannot be measured here; 1 to 8 can"):
+        calibrate._devices(9, 2, accelerated=False)
+    with pytest.raises(SpecError, match="--devices 4 cannot be measured here; 1 to 2 can"):
+        calibrate._devices(4, 2, accelerated=True)
