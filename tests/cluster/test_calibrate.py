@@ -3,6 +3,7 @@
 import pytest
 
 from autopar.cluster import Cluster, calibrate
+from autopar.errors import SpecError
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
