@@ -73,7 +73,7 @@ class Adapter(pydantic.BaseModel):
     """What one pass added to a program, and how peft writes it down.
 
     ``config`` is the adapter_config.json; of its keys those in ``decisive`` change what is computed. ``tensors``: name
-    in the file → how it is made of the program's parameters. ``extra``: parameters that the format does not keep.
+    in the file → how it is made of the program's parameters. ``alike``: other peft types whose files hold the same.
     """
 
     model_config = pydantic.ConfigDict(frozen=True)
@@ -82,6 +82,7 @@ class Adapter(pydantic.BaseModel):
     config: dict[str, Any]
     decisive: tuple[str, ...]
     tensors: dict[str, Saved]
+    alike: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -159,6 +160,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_config(adapter: Adapter, theirs: Mapping[str, Any], path: Path) -> None:
     for key in ("peft_type", *adapter.decisive):
         ours = adapter.config.get(key)
+        if key == "peft_type" and theirs.get(key) in adapter.alike:
+            continue
         if key in theirs and (theirs[key] or None) != (ours or None):
             raise CheckpointError(
                 f"{path}: {key} is {theirs[key]!r}, the program's {adapter.method} has {ours!r}; give the pass the same"

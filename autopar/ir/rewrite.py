@@ -19,6 +19,7 @@ from autopar.ir.adapters import Adapter
 from autopar.ir.program import Program, symbolic_sizes
 from autopar.ir.specialize import annotate, example_sizes
 from autopar.ir.verify import verify
+from autopar.spec.base import complaint
 
 GROUP = "autopar.passes"
 FIRST = "canonicalize"
@@ -83,21 +84,31 @@ def load(entry: Pass | Mapping[str, Any]) -> Pass:
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise PassError(f"passes: one entry is one pass, {{name: {{options}}}}; got {entry!r}")
     (name, options), known = next(iter(entry.items())), discover()
+    options = {} if options is None else options
     if name not in known:
         raise PassError(f"passes: unknown pass {name!r}{suggestion(name, known)}; known: {', '.join(sorted(known))}")
+    if not isinstance(options, Mapping):
+        raise PassError(f"{name}: its options must be a mapping of {fields(known[name])}, not {options!r}")
     try:
-        return known[name](**(options or {}))
+        return known[name](**options)
     except pydantic.ValidationError as problem:
         raise PassError(explained(name, known[name], problem)) from None
 
 
 def explained(name: str, kind: type[Pass], problem: pydantic.ValidationError) -> str:
     first = problem.errors()[0]
-    where = ".".join(str(p) for p in first["loc"])
+    where = first["loc"]
     if first["type"] == "extra_forbidden":
-        fields = kind.model_fields
-        return f"{name}: unknown option {where!r}{suggestion(where, fields)}; options: {', '.join(fields) or 'none'}"
-    return f"{name}: {where}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
+        option = ".".join(map(str, where))
+        return f"{name}: unknown option {option!r}{suggestion(option, kind.model_fields)}; options: {fields(kind)}"
+    if first["type"] == "value_error":
+        return ": ".join([name, *map(str, where), complaint(first)])
+    part = f"an entry of {where[0]}" if len(where) > 1 and isinstance(where[1], int) else ".".join(map(str, where))
+    return f"{name}: {part} {complaint(first)}"
+
+
+def fields(kind: type[Pass]) -> str:
+    return ", ".join(kind.model_fields) or "none"
 
 
 def rewrite(program: Program, passes: Iterable[Pass | Mapping[str, Any]] = ()) -> Program:

@@ -92,7 +92,7 @@ def _line(item: Any, kind: type[BaseModel], source: Source, noun: str) -> str:
         return f"{where}: {key} must have at least {item['loc'][-1] + 1} entries"
     if item["type"] == "missing":
         return f"{where}: the key '{path[-1] if path else item['loc'][-1]}' is missing in {holder}"
-    return f"{where}: {key or noun} {_complaint(item)}"
+    return f"{where}: {key or noun} {complaint(item)}"
 
 
 def _written(location: tuple[Any, ...], data: Any) -> Path_:
@@ -109,7 +109,16 @@ def _written(location: tuple[Any, ...], data: Any) -> Path_:
     return tuple(path)
 
 
-def _complaint(item: Any) -> str:
+WANTED = {  # pydantic's kind of error → what would be right
+    "string_type": "text", "tuple_type": "a list", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
+    "model_attributes_type": "a mapping", "int_type": "a whole number", "int_parsing": "a whole number",
+    "int_from_float": "a whole number", "float_type": "a number", "float_parsing": "a number", "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}  # fmt: skip
+
+
+def complaint(item: Any) -> str:
+    """What is wrong with a value, from one of pydantic's errors, as the end of a sentence that begins with its key."""
     kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
     shown = short(value)
     if kind == "value_error":
@@ -122,10 +131,11 @@ def _complaint(item: Any) -> str:
     bounds |= {"less_than_equal": "at most {le}", "less_than": "less than {lt}", "finite_number": "finite"}
     if kind in bounds:
         return f"must be {bounds[kind].format(**context)}, not {shown}"
-    expected = {"string_type": "text", "tuple_type": "a list", "list_type": "a list", "dict_type": "a mapping"}
-    expected |= {"model_type": "a mapping", "model_attributes_type": "a mapping", "too_short": "longer"}
-    if kind in expected:
-        return f"must be {expected[kind]}, not {shown}"
+    if kind in WANTED:
+        return f"must be {WANTED[kind]}, not {shown}"
+    if kind == "too_short":
+        least = context["min_length"]
+        return f"must have at least {least} {'entry' if least == 1 else 'entries'}, not {context['actual_length']}"
     message = item["msg"]
     return f"{message[0].lower()}{message[1:]} (found {shown})"
 

@@ -75,6 +75,7 @@ def record(
     config: dict[str, Any],
     tensors: dict[str, Saved],
     decisive: Iterable[str],
+    alike: tuple[str, ...] = (),
 ) -> None:
     """Tell the program what it now trains, and how peft writes that down."""
     common = {
@@ -91,6 +92,7 @@ def record(
             config={**common, **config},
             decisive=tuple(decisive),
             tensors=tensors,
+            alike=alike,
         )
     )
 

@@ -50,7 +50,8 @@ class PromptTuning(Pass):
             vectors, batch = self.encoded(make, prompt), last.meta["val"].shape[0]
             whole = make(aten.expand.default, make(aten.unsqueeze.default, vectors, 0), [batch, -1, -1])
             made.append(make(aten.cat.default, [whole, last], 1))
-        record(program, self, *self.config(width), {"prompt_embeddings": saved}, ("num_virtual_tokens",))
+        made = () if self.encoder else ("P_TUNING",)  # whose files hold the vectors that an encoder made
+        record(program, self, *self.config(width), {"prompt_embeddings": saved}, ("num_virtual_tokens",), made)
 
     def prompt(self, program: Program, width: int, dtype: torch.dtype) -> tuple[list[fx.Node], Saved]:
         """The parameters, first the vectors themselves, and how the file holds them."""

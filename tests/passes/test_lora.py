@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import autopar
 from autopar.api import compile_job
 from autopar.errors import CheckpointError, PassError
-from autopar.ir.rewrite import rewrite
+from autopar.ir.rewrite import load, rewrite
 from autopar.models.load import build
 from autopar.runtime.seeded import Seeded
 from autopar.sharding.placement import R
@@ -130,6 +130,32 @@ def test_impossible_options_are_refused_by_name(options: dict[str, object]) -> N
     program = traced("llama")
     with pytest.raises(PassError, match=f"lora: .*{next(iter(options)).replace('rnak', 'rank')}"):
         autopar.rewrite(program, [{"lora": options}])
+
+
+WRONG = [
+    ({"lora": {"rnak": 8}}, "lora: unknown option 'rnak'; did you mean 'rank'?; options: rank, alpha, dropout,"),
+    ({"lora": {"rank": "eight"}}, "lora: rank must be a whole number, not 'eight'"),
+    ({"lora": {"rank": 2.5}}, "lora: rank must be a whole number, not 2.5"),
+    ({"lora": {"rank": 0}}, "lora: rank must be at least 1, not 0"),
+    ({"lora": {"alpha": None}}, "lora: alpha must be a number, not"),
+    ({"lora": {"dropout": 1.5}}, "lora: dropout must be less than 1.0, not 1.5"),
+    ({"lora": {"dora": "maybe"}}, "lora: dora must be true or false, not 'maybe'"),
+    ({"lora": {"targets": "query"}}, "lora: targets must be a list, not 'query'"),
+    ({"lora": {"targets": []}}, "lora: targets must have at least 1 entry, not 0"),
+    ({"lora": {"targets": ["query", 1]}}, "lora: an entry of targets must be text, not 1"),
+    ({"lora": 8}, "lora: its options must be a mapping of rank, alpha, dropout, targets, rank_stabilized, dora, not 8"),
+    ({"lora": [1]}, "lora: its options must be a mapping of"),
+    ({"adapter": {"style": "houslby"}}, "adapter: style is 'houslby', which is unknown; did you mean 'houlsby'?"),
+    ({"mixed_precision": {"compute": "bfloat61"}}, "mixed_precision: compute: no such dtype; did you mean 'bfloat16'?"),
+]
+
+
+@pytest.mark.parametrize(("entry", "said"), WRONG, ids=lambda v: str(v)[:50])
+def test_wrong_options_are_answered_by_what_would_be_right(entry: dict[str, object], said: str) -> None:
+    with pytest.raises(PassError) as caught:
+        load(entry)
+    assert str(caught.value).startswith(said), caught.value
+    assert "Input should" not in str(caught.value) and "Tuple" not in str(caught.value)
 
 
 def test_a_tied_head_is_adapted_apart_from_its_embedding() -> None:

@@ -85,8 +85,7 @@ def test_perceptrons_that_make_prompts_have_pefts_gradients_and_end_as_its_files
     with pytest.raises(CheckpointError, match="reparameterizing layers"):
         program.load_adapter(tmp_path)
     plain = adapted("glm", {method: {"tokens": 3}})
-    if prefix:
-        assert torch.allclose(loss_of(plain.load_adapter(tmp_path)), mine.loss, rtol=1e-11, atol=0)
+    assert torch.allclose(loss_of(plain.load_adapter(tmp_path)), mine.loss, rtol=1e-11, atol=0)
 
 
 def test_padding_and_virtual_tokens_go_together(tmp_path: Path) -> None:
