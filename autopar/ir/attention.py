@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from autopar.ir.ops import operands
+
 aten = torch.ops.aten
 FUSED = {"aten::scaled_dot_product_attention", "autopar::flash_attention", "autopar::flex_attention"}
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 STOPS = {
     "aten::linear", "aten::addmm", "aten::mm", "aten::embedding", "aten::topk", "aten::sort", "aten::gather", "aten::scatter",
-    "aten::one_hot", "aten::layer_norm", "aten::rms_norm", "autopar::fp8_linear", "autopar::fp8_linear_delayed",
-    "autopar::rms_norm", "autopar::layer_norm", "autopar::add_rms_norm", "autopar::add_layer_norm", "autopar::glu",
+    "aten::one_hot", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution", "aten::layer_norm",
+    "aten::rms_norm", "autopar::fp8_linear", "autopar::fp8_linear_delayed", "autopar::rms_norm", "autopar::layer_norm",
+    "autopar::add_rms_norm", "autopar::add_layer_norm", "autopar::glu",
 }  # fmt: skip
 """What scores and their softmax never go through between the two products: what a router's do, which is no attention."""
 REACH = 12
@@ -41,7 +44,7 @@ def cores(graph: fx.Graph) -> list[Core]:
             found.append(core([node, *mixture(node)], graph))
         elif node.target in SOFTMAX:
             first, last = before(node), after(node)
-            if first is not None and last is not None:
+            if first is not None and last is not None and over_data(first, node):
                 found.append(core(between(first, last), graph))
     return found
 
@@ -81,6 +84,41 @@ def after(softmax: fx.Node) -> fx.Node | None:
         if product is not None or not frontier:
             return product
     return None
+
+
+def over_data(product: fx.Node, softmax: fx.Node) -> bool:
+    """Whether the softmax is over things that the data bring: keys. Where that dim of the scores comes from parameters alone
+    they choose among experts or memories, as a router does that is written ``x @ W``."""
+    rank = product.meta["val"].dim()
+    dim = int(softmax.args[1]) % softmax.meta["val"].dim()  # type: ignore[arg-type]
+    same_rank = softmax.meta["val"].dim() == rank
+    if product.target is aten.einsum.default:
+        return any(of_data(n) for n in givers(product, dim if same_rank else None))
+    left, right = operands(product)[-2:]
+    return of_data(left if same_rank and dim == rank - 2 else right)
+
+
+def givers(einsum: fx.Node, dim: int | None) -> list[fx.Node]:
+    """The operands of an einsum that have the index of ``dim`` of its result; the second one where that cannot be told."""
+    equation, given = einsum.args[:2]
+    inputs, _, out = str(equation).replace(" ", "").partition("->")
+    if dim is None or "." in inputs or len(out) <= dim:
+        return list(given)[-1:]  # type: ignore[arg-type]
+    return [n for n, letters in zip(given, inputs.split(","), strict=True) if out[dim] in letters]  # type: ignore[arg-type]
+
+
+def of_data(node: fx.Node) -> bool:
+    """Whether a value depends on activations or the batch, not on parameters, buffers and constants alone."""
+    seen, stack = {node}, [node]
+    while stack:
+        here = stack.pop()
+        if here.op == "call_module" or here.op == "placeholder" and here.meta["kind"] in ("input", "plain"):
+            return True
+        for source in here.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return False
 
 
 def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
