@@ -21,7 +21,7 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def flash(width: int, **options: Any) -> Callable[[], Any]:
+def flash(width: int, batch: int = 2, **options: Any) -> Callable[[], Any]:
     """Forward and backward at 4,096 tokens, 8 query heads over 2 key heads."""
     names = (
         "slopes",
@@ -36,7 +36,7 @@ def flash(width: int, **options: Any) -> Callable[[], Any]:
         "longest",
     )
     given = {"causal": False, "window": 0, "softcap": 0.0, "offset": 0, "longest": 0} | options
-    query, key = meta(2, 8, 4096, width), meta(2, 2, 4096, width)
+    query, key = meta(batch, 8, 4096, width), meta(batch, 2, 4096, width)
 
     def run() -> None:
         shape = attention.checked(query, key, key, *(given.get(n) for n in names))
@@ -93,8 +93,11 @@ def step() -> None:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for width in (64, 80, 128, 256):
+    for width in (64, 80, 96, 128, 256):
         yield f"attention {width}", flash(width, causal=True)
+    starts = meta(3, dtype=torch.int32)
+    packed = {"causal": True, "window": 1024, "query_starts": starts, "key_starts": starts, "longest": 2048}
+    yield "attention 128, packed", flash(128, batch=1, **packed)
     slopes = meta(8, dtype=torch.float32)
     everything = {
         "causal": True,
@@ -109,7 +112,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gated units", gates
     yield "loss", losses
     yield "rotary", turns
-    for width in (64, 128, 256):
+    for width in (64, 80, 96, 128, 256):
         yield f"pages {width}", pages(width)
     yield "adamw", step
 

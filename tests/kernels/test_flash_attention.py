@@ -158,8 +158,9 @@ def test_queries_that_see_nothing_get_zeros_and_give_no_gradient(where: str) -> 
 
 
 @everywhere
-@pytest.mark.parametrize("causal", [False, True])
-def test_packed_sequences_attend_within_themselves(where: str, causal: bool) -> None:
+@pytest.mark.parametrize("options", ["plain", "causal", "window", "window on both sides", "alibi", "packed all"])
+def test_packed_sequences_attend_within_themselves(where: str, options: str) -> None:
+    given = {**OPTIONS, "packed all": {**OPTIONS["all"], "offset": 0}}[options]
     ours, theirs = [0, 5, 5, 38, 50], [0, 20, 23, 60, 61]
     starts, key_starts = (torch.tensor(x, dtype=torch.int32) for x in (ours, theirs))
     q, k, v = draw(1, 4, 50, 16), draw(1, 2, 61, 16, seed=1), draw(1, 2, 61, 16, seed=2)
@@ -167,7 +168,7 @@ def test_packed_sequences_attend_within_themselves(where: str, causal: bool) -> 
     def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat(
             [
-                written(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], causal=causal)[0]
+                written(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], **given)[0]
                 for a, b, c, d in zip(ours, ours[1:], theirs, theirs[1:], strict=False)
             ],
             2,
@@ -175,7 +176,7 @@ def test_packed_sequences_attend_within_themselves(where: str, causal: bool) -> 
 
     made = compared(
         lambda *x: kernels.flash_attention(
-            *x, query_starts=starts, key_starts=key_starts, causal=causal, longest=33
+            *x, query_starts=starts, key_starts=key_starts, longest=33, **given
         )[0],
         apart, [q, k, v], where,
     )  # fmt: skip

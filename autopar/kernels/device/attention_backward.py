@@ -27,6 +27,47 @@ def probabilities(
 
 
 @triton.jit
+def tile(at, rows, stride, columns, there, fits):
+    """(rows, columns) of what lies at ``at``, zeros outside; columns lie side by side."""
+    return tl.load(at + rows[:, None] * stride + columns[None, :], there[:, None] & fits[None, :], 0.0)
+
+
+@triton.jit
+def turned(at, rows, stride, columns, there, fits):
+    """The same transposed, (columns, rows)."""
+    return tl.load(at + rows[None, :] * stride + columns[:, None], fits[:, None] & there[None, :], 0.0)
+
+
+@triton.jit
+def readers(
+    first, queries, offset, prefix, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """The first and the end of the queries that may see one of the keys from ``first`` on; whole tiles before."""
+    begin = 0
+    end = queries
+    if CAUSAL:
+        begin = tl.maximum(first - offset, 0)
+        if PREFIX:
+            begin = tl.where(first < prefix, 0, begin)
+    if WINDOW:
+        if not CAUSAL:
+            begin = tl.maximum(first - offset - window + 1, 0)
+        if not PREFIX:
+            end = tl.minimum(first + BLOCK_N + window - 1 - offset, queries)
+    return begin // BLOCK_M * BLOCK_M, end
+
+
+@triton.jit
+def of_scores(p, t, g, value, inner, CAP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of the scores, before the soft cap and without the scale; ``value`` stands transposed."""
+    ds = p * (tl.dot(g, value, input_precision=PRECISION, out_dtype=ACC) - inner[:, None])
+    if CAP:
+        ds *= 1 - t * t
+    return ds
+
+
+@triton.jit
 def of_queries(
     q, k, v, grad, lse, delta, slopes, prefixes, q_starts, k_starts, dq, scale, cap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
@@ -51,14 +92,8 @@ def of_queries(
     rows = first + tl.arange(0, BLOCK_M)
     wide_d, wide_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     there, d_fits, v_fits = rows < queries, wide_d < D, wide_v < DV
-    query = tl.load(
-        q + q_from + head64 * q_head + rows[:, None] * q_row + wide_d[None, :], there[:, None] & d_fits[None, :], 0.0
-    )
-    g = tl.load(
-        grad + g_from + head64 * g_head + rows[:, None] * g_row + wide_v[None, :],
-        there[:, None] & v_fits[None, :],
-        0.0,
-    )
+    query = tile(q + q_from + head64 * q_head, rows, q_row, wide_d, there, d_fits)
+    g = tile(grad + g_from + head64 * g_head, rows, g_row, wide_v, there, v_fits)
     log = tl.load(lse + l_from + head64 * l_head + rows, there, float("-inf"))
     inner = tl.load(delta + l_from + head64 * l_head + rows, there, 0.0)
     k_at = k + k_from + (head // group).to(tl.int64) * k_head
@@ -72,15 +107,13 @@ def of_queries(
     for start in range(low, high, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         here = columns < keys
-        key = tl.load(k_at + columns[None, :] * k_row + wide_d[:, None], d_fits[:, None] & here[None, :], 0.0)
-        value = tl.load(v_at + columns[None, :] * v_row + wide_v[:, None], v_fits[:, None] & here[None, :], 0.0)
+        key = turned(k_at, columns, k_row, wide_d, here, d_fits)
+        value = turned(v_at, columns, v_row, wide_v, here, v_fits)
         p, t = probabilities(
             query, key, log, scale, cap, slope, rows + offset, columns, there, keys, prefix, window,
             CAUSAL, WINDOW, PREFIX, ALIBI, CAP, ACC, PRECISION,
         )  # fmt: skip
-        ds = p * (tl.dot(g, value, input_precision=PRECISION, out_dtype=ACC) - inner[:, None])
-        if CAP:
-            ds *= 1 - t * t
+        ds = of_scores(p, t, g, value, inner, CAP, ACC, PRECISION)
         acc = tl.dot(ds.to(key.dtype), tl.trans(key), acc, input_precision=PRECISION, out_dtype=ACC)
     d_at = dq + d_from + head64 * d_head + rows[:, None] * d_row + wide_d[None, :]
     tl.store(d_at, (acc * scale).to(dq.dtype.element_ty), mask=there[:, None] & d_fits[None, :])
@@ -113,29 +146,10 @@ def of_keys(
     columns = first + tl.arange(0, BLOCK_N)
     wide_d, wide_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     here, d_fits, v_fits = columns < keys, wide_d < D, wide_v < DV
-    key = tl.load(
-        k + k_from + key_head64 * k_head + columns[None, :] * k_row + wide_d[:, None],
-        d_fits[:, None] & here[None, :],
-        0.0,
-    )
-    value = tl.load(
-        v + v_from + key_head64 * v_head + columns[None, :] * v_row + wide_v[:, None],
-        v_fits[:, None] & here[None, :],
-        0.0,
-    )
+    key = turned(k + k_from + key_head64 * k_head, columns, k_row, wide_d, here, d_fits)
+    value = turned(v + v_from + key_head64 * v_head, columns, v_row, wide_v, here, v_fits)
     prefix = tl.load(prefixes + batch).to(tl.int32) if PREFIX else 0
-    begin = 0
-    end = queries
-    if CAUSAL:
-        begin = tl.maximum(first - offset, 0)
-        if PREFIX:
-            begin = tl.where(first < prefix, 0, begin)
-    if WINDOW:
-        if not CAUSAL:
-            begin = tl.maximum(first - offset - window + 1, 0)
-        if not PREFIX:
-            end = tl.minimum(first + BLOCK_N + window - 1 - offset, queries)
-    begin = begin // BLOCK_M * BLOCK_M
+    begin, end = readers(first, queries, offset, prefix, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, PREFIX)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], ACC)
     for member in range(group):
@@ -149,8 +163,8 @@ def of_keys(
         for start in range(begin, end, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             there = rows < queries
-            query = tl.load(q_at + rows[:, None] * q_row + wide_d[None, :], there[:, None] & d_fits[None, :], 0.0)
-            g = tl.load(g_at + rows[:, None] * g_row + wide_v[None, :], there[:, None] & v_fits[None, :], 0.0)
+            query = tile(q_at, rows, q_row, wide_d, there, d_fits)
+            g = tile(g_at, rows, g_row, wide_v, there, v_fits)
             log = tl.load(l_at + rows, there, float("-inf"))
             inner = tl.load(delta_at + rows, there, 0.0)
             p, t = probabilities(
@@ -158,9 +172,7 @@ def of_keys(
                 CAUSAL, WINDOW, PREFIX, ALIBI, CAP, ACC, PRECISION,
             )  # fmt: skip
             dv_acc = tl.dot(tl.trans(p.to(g.dtype)), g, dv_acc, input_precision=PRECISION, out_dtype=ACC)
-            ds = p * (tl.dot(g, value, input_precision=PRECISION, out_dtype=ACC) - inner[:, None])
-            if CAP:
-                ds *= 1 - t * t
+            ds = of_scores(p, t, g, value, inner, CAP, ACC, PRECISION)
             dk_acc = tl.dot(tl.trans(ds.to(query.dtype)), query, dk_acc, input_precision=PRECISION, out_dtype=ACC)
     x_at = dk + x_from + key_head64 * x_head + columns[:, None] * x_row + wide_d[None, :]
     y_at = dv + y_from + key_head64 * y_head + columns[:, None] * y_row + wide_v[None, :]
