@@ -57,3 +57,38 @@ def test_the_fused_loss_makes_its_logits_again_in_the_backward() -> None:
     logits = 2.0 * 2 * LENGTH * 32 * 64  # tokens · width · classes
     assert done.flops(0) == logits and done.flops(INPUTS) == 2 * logits
     assert sum(c.flops for c in done.calls) == 4 * logits
+
+
+def of(passes: list[dict]) -> Program:
+    return rewrite(program("hf_llama"), passes).at(batch=2, length=LENGTH)
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed"])
+def test_layers_in_8_bits_have_the_models_flops_at_the_8_bit_rate_but_where_the_recipe_keeps_more(recipe: str) -> None:
+    plain, rounded = of([]), of([{"fp8": {"recipe": recipe}}])
+    assert sum(map(model_flops, nodes(rounded))) == sum(map(model_flops, nodes(plain))) > 0
+    name = "fp8_linear" if recipe == "current" else "fp8_linear_delayed"
+    node = next(n for n in nodes(rounded) if op_name(n) == name)
+    done = work(node, (R,) * len(reads(node)), (R,), 1, Precision())
+    products = [c for c in done.calls if c.flops]
+    assert [c.dtype for c in products] == ["float8", "float8", None if recipe == "current" else "float8"]
+    assert len({c.flops for c in products}) == 1 and any(not c.flops and c.bytes for c in done.calls)
+    assert kept_by(node).operands == (0, 1), "the layer's input and weight, as of any linear layer"
+
+
+def test_flex_attention_costs_what_flash_attention_does() -> None:
+    flash, flex = of([{"flash_attention": {}}]), of([{"flex_attention": {}}])
+    assert sum(map(model_flops, nodes(flex))) == sum(map(model_flops, nodes(flash)))
+    found = []
+    for what, name in ((flash, "flash_attention"), (flex, "flex_attention")):
+        (node,) = [n for n in nodes(what) if op_name(n) == name]
+        done = work(node, (R,) * len(reads(node)), (R,) * len(tensors(node)), 1, Precision())
+        found.append((done.flops(0), done.flops(INPUTS), kept_by(node)))
+    assert found[0] == found[1] and found[0][0] < model_flops_of_scores()
+
+
+def model_flops_of_scores() -> float:
+    """Both products of one causal attention as written: heads · length² · two widths, twice."""
+    (node,) = [n for n in nodes(of([{"flash_attention": {}}])) if op_name(n) == "flash_attention"]
+    b, h, length, width = tensor(reads(node)[0]).shape
+    return 2.0 * b * h * length * length * 2 * width

@@ -87,6 +87,32 @@ def resumed(folder: str, other: str, checkpoint: bool) -> float:
 LORA = [{"lora": {"rank": 4, "targets": ["query", "output"]}}]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "passes"),
+    [
+        (dict(tp=2, microbatch=2), dict(pp=2, microbatch=1), [{"dora": {"rank": 4}}, {"ia3": {}}]),
+        (
+            dict(pp=2, microbatch=1),
+            dict(tp=2, dp=2, zero=3, microbatch=1),
+            [{"prefix_tuning": {"tokens": 3, "projection": 8}}],
+        ),
+        (dict(dp=2, zero=3), dict(tp=2, pp=2, microbatch=2), [{"prompt_tuning": {"tokens": 3}}, {"bitfit": {}}]),
+        (
+            dict(tp=2, pp=2, microbatch=1),
+            dict(dp=2, zero=1),
+            [{"adapter": {"size": 4}}, {"llama_adapter": {"tokens": 3}}],
+        ),
+    ],
+    ids=str,
+)
+def test_every_adapters_checkpoint_moves_to_another_plan(
+    first: dict[str, Any], second: dict[str, Any], passes: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    loss = spawn(trained, built(a, first, passes), str(a))[0][0]
+    assert abs(spawn(resumed, built(b, second, passes), str(b), str(a), True)[0] - loss) < 1e-6 * loss
+
+
 def test_an_adapter_moves_between_plans_and_its_frozen_weights_have_no_gradient_and_no_state(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     loss, parameters, gradients, state = spawn(trained, built(a, dict(tp=2, microbatch=2), LORA), str(a))[0]

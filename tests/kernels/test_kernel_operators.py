@@ -30,6 +30,11 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
         (leaf(2, 4, 6, 8), leaf(2, 2, 5, 8), leaf(2, 2, 5, 8, seed=1)),
         {"causal": True, "window": 3, "softcap": 2.0},
     ),
+    "flex_attention": lambda: (
+        ops.flex_attention,
+        (leaf(2, 4, 6, 8), leaf(2, 2, 6, 8), leaf(2, 2, 6, 8, seed=1)),
+        {"causal": True, "window": 3, "softcap": 2.0, "documents": torch.tensor([[0, 0, 1, 1, 1, 2]] * 2)},
+    ),
     "linear_logsumexp": lambda: (
         ops.linear_logsumexp,
         (leaf(5, 8), leaf(7, 8), torch.tensor([0, 6, 3, -100, 2]), leaf(7)),
