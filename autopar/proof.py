@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from autopar.cluster.cluster import Cluster
+from autopar.emulate import everywhere, local_cluster
 from autopar.errors import AutoparError, PlanError
 from autopar.ir.objective import IGNORED, Loss, Objective
 from autopar.ir.promote import Promoted
@@ -21,14 +23,13 @@ from autopar.spec.job import Batch, Job, Optimizer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from autopar.cluster.cluster import Cluster
     from autopar.ir.program import Program
     from autopar.plan.plan import Plan, PlanDocument
 
 STEPS = 2
 TOLERANCE = 1e-9
 """Largest relative error, in float64, at which two runs are equal: rounding of another order of sums, nothing else."""
-IDEAL_LINK = {"span": "host", "bandwidth": "1000000 GB/s", "latency": "1 ns"}
-"""What a proof's plan is priced with: links so fast that whatever may be split is split, and so is proved."""
 FLOOR = 1e-6
 """A tensor's error is measured against its norm, or this share of the norm over all tensors: a gradient that is zero in
 exact arithmetic has no relative error of its own."""
@@ -49,7 +50,6 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     ``shrink`` makes the model and the batch small; otherwise they are taken as the job has them. Returns the contract's
     proof: errors of loss, gradients and parameters, the worst tensor, and whether all are below 1e-9.
     """
-    from autopar.cluster.cluster import Cluster
     from autopar.models.batch import example_batch
     from autopar.models.load import build
     from autopar.models.shrink import shrink as smaller
@@ -59,11 +59,19 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     origin = smaller(job.model) if shrink else job.model
     model = build(origin, meta=False, dtype=torch.float64, seed=job.train.seed)
     cluster = local_cluster(job, ranks)
-    batch_size = batch_of(job, Cluster.load(cluster).devices) if shrink else job.batch
+    local = Cluster.load(cluster)
+    spread = everywhere(job.pins, local)
+    for_pins = job.model_copy(update={"pins": spread})
+    batch_size = batch_of(for_pins, local.devices) if shrink else job.batch
     job = job.model_copy(update={"model": origin, "cluster": cluster, "batch": batch_size})
     assert job.batch is not None
     batch = example_batch(model, job.batch.sequences, job.batch.length, source=origin)
     batch = ignoring(example(job.data, batch, named(model)))
+    if spread != job.pins:
+        try:
+            return prove_module(model, batch, job.model_copy(update={"pins": spread}))
+        except PlanError:  # a model that no pipeline can be cut from, or that the batch is no multiple for
+            pass
     return prove_module(model, batch, job)
 
 
@@ -72,7 +80,6 @@ def prove_module(
 ) -> dict[str, Any]:
     """`prove` for a module at hand (moved to float64) on ``job.cluster``, under ``plan`` or the best one."""
     from autopar.api import planned, rewrite, trace
-    from autopar.cluster.cluster import Cluster
     from autopar.models.hosted_experts import experts_by
 
     model = model.double()
@@ -98,19 +105,6 @@ def float64() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-def local_cluster(job: Job, ranks: int | None) -> Any:
-    """The job's devices as processes of this machine."""
-    from autopar.cluster.cluster import Cluster
-    from autopar.spec.cluster import read_cluster
-    from autopar.spec.source import Source
-
-    pins = job.pins
-    product = (pins.tp or 1) * (pins.pp or 1) * (pins.dp or 1) * (pins.cp or 1)
-    devices = ranks or (product if product > 1 else min(Cluster.load(job.cluster).devices, 4))
-    spec = {"name": "local-cpu", "devices_per_host": devices, "hosts": 1, "links": [IDEAL_LINK]}
-    return read_cluster(Source(spec, "cluster"))
 
 
 def batch_of(job: Job, devices: int) -> Batch:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from autopar.cluster.link import Link
-from autopar.cluster.mesh import AxisLink, Degrees, lay
+from autopar.cluster.mesh import AxisLink, Degrees, lay, lay_uneven
 from autopar.errors import SpecError
-from autopar.spec.cluster import ClusterSpec, DeviceSpec, EfficiencySpec, read_cluster
+from autopar.spec.cluster import ClusterSpec, DeviceSpec, EfficiencySpec, joined_links, read_cluster
+from autopar.spec.dead import dead_devices
 from autopar.spec.source import Source
 
 _WIDER = {  # what a device without units of its own for a dtype computes in
@@ -83,17 +84,31 @@ def interpolate(curve: tuple[tuple[float, float], ...], size: float) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Hosts of one kind; ``links`` are those inside the group, innermost first."""
+    """Hosts of one kind; ``links`` are those inside the group, innermost first; ``dead``: (host, its dead devices)."""
 
     name: str
     device: Device
     devices_per_host: int
     hosts: int
     links: tuple[Link, ...]
+    dead: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def devices(self) -> int:
-        return self.devices_per_host * self.hosts
+        """How many devices work."""
+        return self.devices_per_host * self.hosts - sum(len(devices) for _, devices in self.dead)
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """How many devices of every host work."""
+        gone = {host: len(devices) for host, devices in self.dead}
+        return tuple(self.devices_per_host - gone.get(host, 0) for host in range(self.hosts))
+
+    @property
+    def places(self) -> list[int]:
+        """The working devices by their places in the group, dead ones counted."""
+        gone = {host * self.devices_per_host + device for host, devices in self.dead for device in devices}
+        return [place for place in range(self.devices_per_host * self.hosts) if place not in gone]
 
 
 @dataclass(frozen=True)
@@ -101,12 +116,13 @@ class Cluster:
     """Groups of like hosts, numbered device by device in their order; ``links`` (innermost first) join all of them.
 
     A cluster of one kind of host has one group. The one ``device`` of a mixed cluster is the weakest in each respect,
-    which holds for every device.
+    which holds for every device. ``sizes``: how many devices each host has, in order, where hosts of one group differ.
     """
 
     name: str
     groups: tuple[Group, ...]
     links: tuple[Link, ...]
+    sizes: tuple[int, ...] = ()
 
     @staticmethod
     def load(spec: Cluster | ClusterSpec | str | Path | dict[str, Any]) -> Cluster:
@@ -125,9 +141,14 @@ class Cluster:
         return len({(g.device, g.devices_per_host) for g in self.groups}) == 1
 
     @property
+    def uneven(self) -> bool:
+        """Whether hosts are unlike: several groups, or dead devices."""
+        return len(self.groups) > 1 or any(group.dead for group in self.groups)
+
+    @property
     def devices(self) -> int:
-        """How many devices there are."""
-        return sum(group.devices for group in self.groups)
+        """How many devices there are that work."""
+        return sum(self.sizes) or sum(group.devices for group in self.groups)
 
     @property
     def hosts(self) -> int:
@@ -140,7 +161,7 @@ class Cluster:
 
     @property
     def device(self) -> Device:
-        return self.groups[0].device if len(self.groups) == 1 else _weakest([g.device for g in self.groups])
+        return self.groups[0].device if len(self.groups) == 1 else weakest([g.device for g in self.groups])
 
     def device_at(self, index: int) -> Device:
         """The device of one number, 0 to ``devices`` - 1."""
@@ -152,10 +173,17 @@ class Cluster:
 
     def axis_link(self, mesh: Degrees, axis: str) -> AxisLink:
         """What the ring of one axis (``tp``, ``cp``, ``dp``, ``pp``) of a mesh crosses, where it is worst."""
-        return lay((mesh.tp, mesh.cp, mesh.dp, mesh.pp), axis, self.links, self.devices_per_host)
+        degrees = (mesh.tp, mesh.cp, mesh.dp, mesh.pp)
+        if self.sizes:
+            return lay_uneven(degrees, axis, self.links, self.sizes)
+        return lay(degrees, axis, self.links, self.devices_per_host)
 
     def __str__(self) -> str:
-        kinds = " + ".join(f"{g.hosts} × {g.devices_per_host} {g.device.name}" for g in self.groups)
+        kinds = " + ".join(
+            f"{g.hosts} × {g.devices_per_host} {g.device.name}{f' ({gone} dead)' if gone else ''}"
+            for g in self.groups
+            for gone in [g.devices_per_host * g.hosts - g.devices]
+        )
         return f"{self.name} ({kinds})"
 
 
@@ -163,34 +191,38 @@ def _of_one_kind(spec: ClusterSpec) -> Cluster:
     if spec.device is None or spec.devices_per_host is None:
         raise SpecError(f"cluster {spec.name}: device and devices_per_host are missing")
     links = tuple(Link.of(link, spec.devices_per_host, spec.hosts) for link in spec.links)
-    group = Group(spec.name, Device.of(spec.device), spec.devices_per_host, spec.hosts, links)
-    return Cluster(spec.name, (group,), links)
+    dead = dead_devices(spec.dead, spec.devices_per_host, spec.hosts)
+    group = Group(spec.name, Device.of(spec.device), spec.devices_per_host, spec.hosts, links, tuple(dead.items()))
+    return Cluster(spec.name, (group,), links, group.live if dead else ())
 
 
 def _of_groups(spec: ClusterSpec) -> Cluster:
+    names = [g.name for g in spec.groups]
     groups = tuple(
         Group(
-            g.name,
+            f"{g.name}#{i}" if names.count(g.name) > 1 else g.name,
             Device.of(g.device),
             g.devices_per_host,
             g.hosts,
-            tuple(Link.of(link, g.devices_per_host, g.hosts) for link in g.links),
+            tuple(Link.of(link, g.devices_per_host, g.hosts) for link in joined_links(g, spec.links)),
+            tuple(dead_devices(g.dead, g.devices_per_host, g.hosts).items()),
         )
-        for g in spec.groups
+        for i, g in enumerate(spec.groups)
     )
     per_host = functools.reduce(_common, (g.devices_per_host for g in groups))
-    total = sum(g.devices for g in groups)
+    total = sum(g.devices_per_host * g.hosts for g in groups)
     own = {str(link.span) for link in spec.links}
-    inner = [] if "host" in own else [_slowest([g.links[0] for g in groups if g.links], per_host)]
+    inner = [] if "host" in own else [slowest([g.links[0] for g in groups if g.links], per_host)]
     outer = [Link.of(link, per_host, total // per_host) for link in spec.links]
     return Cluster(spec.name, groups, tuple([*filter(None, inner), *outer]))
 
 
-def _slowest(links: list[Link], devices: int) -> Link | None:
+def slowest(links: list[Link], devices: int, span: str = "host") -> Link | None:
+    """The weakest of some links in each respect, joining so many devices."""
     if not links:
         return None
     return Link(
-        "host",
+        span,
         devices,
         min(link.bandwidth for link in links),
         max(link.latency for link in links),
@@ -198,7 +230,10 @@ def _slowest(links: list[Link], devices: int) -> Link | None:
     )
 
 
-def _weakest(devices: list[Device]) -> Device:
+def weakest(devices: list[Device]) -> Device:
+    """A device that is as weak as the weakest in each respect."""
+    if len(set(devices)) == 1:
+        return devices[0]
     shared = set.intersection(*(set(d.flops_per_second) for d in devices))
     rates = {dtype: min(d.peak(dtype) for d in devices) for dtype in sorted(shared)}
     hosts = [d.host_bandwidth for d in devices]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +75,27 @@ def lay(degrees: tuple[int, int, int, int], axis: str, levels: tuple[Link, ...],
     inside = next((k for k in levels if aligned(step, together, k.devices)), None) if 1 < together < degree else None
     inner = inside if inside is not joined else None
     return AxisLink(joined.span, joined.bandwidth, joined.latency, joined.efficiency, degree, together, inner)
+
+
+@functools.lru_cache(maxsize=4096)
+def lay_uneven(
+    degrees: tuple[int, int, int, int], axis: str, levels: tuple[Link, ...], sizes: tuple[int, ...]
+) -> AxisLink:
+    """The same where hosts have ``sizes`` devices, counted ring by ring: levels below a host do not hold there."""
+    step, degree = stride(degrees, axis), degrees[AXES.index(axis)]
+    if degree == 1 or not levels:
+        return AxisLink("device", math.inf, 0.0, 1.0, degree, degree)
+    host_of = [host for host, size in enumerate(sizes) for _ in range(size)]
+    shared: Counter[tuple[int, int]] = Counter()  # members of a ring on a host
+    for device in range(len(host_of) // (step * degree) * step * degree):
+        shared[device // (step * degree) * step + device % step, host_of[device]] += 1
+    together = min(shared.values(), default=1)
+    near = next((level for level in levels if level.devices >= max(sizes)), levels[-1])
+    if together == degree:
+        return AxisLink(near.span, near.bandwidth, near.latency, near.efficiency, degree, degree)
+    far = levels[-1]
+    inner = near if together > 1 and near is not far else None
+    return AxisLink(far.span, far.bandwidth, far.latency, far.efficiency, degree, together, inner)
 
 
 def aligned(step: int, degree: int, size: int) -> bool:

@@ -25,20 +25,19 @@ def topology(cluster: Cluster) -> networkx.Graph:
     graph.add_nodes_from((("device", i), {"device": cluster.device_at(i)}) for i in range(cluster.devices))
     start = 0
     for g, group in enumerate(cluster.groups):
-        inner = [link for link in group.links if link.devices < cluster.devices or len(cluster.groups) == 1]
-        for i in range(start, start + group.devices):
-            _hang(graph, i, start, inner, f"{g}:" if len(cluster.groups) > 1 else "")
+        for i, place in enumerate(group.places, start):
+            _hang(graph, i, place, group.links, f"{g}:" if len(cluster.groups) > 1 else "")
         start += group.devices
     if len(cluster.groups) > 1:
         _join(graph, cluster.links[-1])
     return graph
 
 
-def _hang(graph: networkx.Graph, device: int, start: int, links: list[Link], prefix: str) -> None:
-    """Connect a device to the switch of every level above it."""
+def _hang(graph: networkx.Graph, device: int, place: int, links: tuple[Link, ...], prefix: str) -> None:
+    """Connect a device, by its place in its group, to the switch of every level above it."""
     below: Node = ("device", device)
     for link in links:
-        above: Node = (f"{prefix}{link.span}", (device - start) // link.devices)
+        above: Node = (f"{prefix}{link.span}", place // link.devices)
         graph.add_edge(below, above, bandwidth=link.bandwidth, latency=link.latency / 2)
         below = above
 

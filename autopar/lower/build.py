@@ -17,6 +17,7 @@ from autopar.ir import adapters
 from autopar.ir.program import Program
 from autopar.lower import collectives
 from autopar.lower.emit import emit
+from autopar.lower.launching import launching
 from autopar.plan.plan import PlanDocument
 
 TRAIN = '''\
@@ -38,10 +39,7 @@ README = """\
 Written by autopar. `stages/` is the program each pipeline stage runs, `collectives.py` how tensors move between devices,
 `plan.json` the plan it was written for, `plan.html` its picture, `manifest.json` which original parameter lives where.
 
-    torchrun --nproc-per-node {ranks} train.py            # train
-    torchrun --nproc-per-node {ranks} train.py --resume   # go on from the last checkpoint
-    autopar run .                                         # the same, started and watched by autopar
-
+{launching}
 {summary}
 """
 
@@ -74,7 +72,9 @@ def build(
         (part / "plan.json").write_text(document.model_dump_json(indent=1) + "\n")
         (part / "job.yaml").write_text(job)
         (part / "README.md").write_text(
-            README.format(title=folder.name, ranks=ranks, summary=textwrap.indent(summary, "    "))
+            README.format(
+                title=folder.name, launching=launching(document.plan), summary=textwrap.indent(summary, "    ")
+            )
         )
         constants = large_constants(program, manifest)
         if constants:

@@ -31,6 +31,7 @@ def _whole(document: PlanDocument) -> list[str]:
         "\n".join(seconds(document.cost)),
         "\n".join(bytes_(document)),
         "\n".join(bound(document)),
+        *(["\n".join(groups(document))] if document.plan.hosts else []),
         "\n".join(runners_up(document)),
     ]
 
@@ -75,7 +76,10 @@ def _ranks(document: PlanDocument, total: int) -> list[str]:
     if pp == 1:
         return []
     peaks = [max(stage.peak_bytes for stage in document.plan.stages[rank::pp]) for rank in range(pp)]
-    entries = ((f"pp {rank}", peak, show_bytes(peak)) for rank, peak in enumerate(peaks))
+    names = [
+        f"pp {rank} {document.plan.stages[rank].group if document.plan.hosts else ''}".strip() for rank in range(pp)
+    ]
+    entries = ((name, peak, show_bytes(peak)) for name, peak in zip(names, peaks, strict=True))
     return ["bytes of every pipeline rank", *_rows(entries, max(total, *peaks))]
 
 
@@ -89,6 +93,25 @@ def bound(document: PlanDocument) -> list[str]:
     )
     slow = _slowest(document.plan.stages)
     return ["what binds", *(f"  {text}" for text in found), *slow, proof]
+
+
+def groups(document: PlanDocument) -> list[str]:
+    """What every pipeline rank stands on, and why stages are as they are where hosts are unlike."""
+    plan, pp = document.plan, document.plan.mesh.pp
+    rows = []
+    for rank in range(pp):
+        mine = plan.stages[rank::pp]
+        blocks = sum(s.blocks[1] - s.blocks[0] + 1 for s in mine)
+        took = sum(s.seconds.forward + s.seconds.backward for s in mine)
+        rows.append(f"  pp {rank:<3} {mine[0].group} ({mine[0].device}): {blocks} blocks, {show_seconds(took)} a micro-batch, "
+                    f"{show_bytes(max(s.peak_bytes for s in mine))} of {show_bytes(mine[0].memory_limit)}")  # fmt: skip
+    wide = plan.mesh.devices // pp
+    why = (
+        f"  every stage has {wide} devices (dp {plan.mesh.dp} × tp {plan.mesh.tp}): the emitted program is one mesh, so unlike "
+        "devices get unlike numbers of blocks, not unlike degrees"
+    )
+    unused = [f"  not used: {text}" for text in document.unused]
+    return ["unlike hosts", *rows, *([why] if pp > 1 else []), *unused]
 
 
 def _slowest(stages: tuple[Stage, ...]) -> list[str]:

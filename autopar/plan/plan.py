@@ -91,6 +91,9 @@ class Stage(Frozen):
     recompute: tuple[Recompute, ...] = ()  # one entry for each block call of the stage
     peak_bytes: int = 0
     seconds: Seconds = Seconds()
+    device: str = ""  # what its devices are; of unlike ones, as weak as the weakest
+    group: str = ""  # the group of hosts it stands on; several are joined by " + "
+    memory_limit: int = 0  # bytes that the plan may use on one of its devices; 0: not known
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -104,6 +107,15 @@ class Stage(Frozen):
         if not isinstance(data, dict) or "recompute_each" not in data:
             return data
         return {k: v for k, v in data.items() if k != "recompute_each"} | {"recompute": data["recompute_each"]}
+
+
+class Host(Frozen):
+    """One host that a plan stands on: ``host`` counts from 0 in its group, ``devices`` are those used, by number."""
+
+    group: str
+    host: int
+    device: str
+    devices: tuple[int, ...]
 
 
 class Choice(Frozen):
@@ -128,6 +140,7 @@ class Plan(Frozen):
     choices: dict[str, dict[str, Choice]] = {}  # graph name ("program" or a block's) → node name → choice along tp
     placements: dict[str, str] = {}  # parameter → "S(0)@tp" or "R"
     unsplit: tuple[str, ...] = ()  # operators without a rule, replicated along tp
+    hosts: tuple[Host, ...] = ()  # in the order of the ranks, where hosts are unlike; empty: any order
 
     @model_validator(mode="after")
     def _shards_something(self) -> Plan:
@@ -140,7 +153,7 @@ class Plan(Frozen):
 
 
 class Bytes(Frozen):
-    """Bytes on the fullest device at its peak; they add up to the peak."""
+    """Bytes on the fullest device (beside what it may hold) at its peak; they add up to the peak."""
 
     parameters: int = 0
     gradients: int = 0
@@ -241,7 +254,9 @@ class PlanDocument(Frozen):
     binding: tuple[str, ...] = ()
     title: str = ""  # the model, as the job names it
     cluster: str = ""  # the cluster, as the job names it
-    memory_limit: int = 0  # bytes that the plan may use on one device; 0: not known
+    memory_limit: int = 0  # bytes that the plan may use on the fullest device; 0: not known
+    unused_devices: int = 0  # of the cluster's working devices
+    unused: tuple[str, ...] = ()  # for every group with unused devices, why
     rank_bytes: tuple[Bytes, ...] = ()  # of every pp rank at its peak; empty: only the fullest is known (`cost.bytes`)
     nodes: dict[str, dict[str, NodeFacts]] = {}  # graph name → node name → what `view` and `explain --why` tell of it
     version: str = VERSION

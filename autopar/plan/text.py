@@ -15,6 +15,8 @@ def summary(document: PlanDocument, title: str = "") -> str:
     lines = [line for part in parts for line in part]
     lines += [f"binding        {text}" for text in document.binding]
     lines += list(_stages(document.plan))
+    lines += list(groups_of(document.plan))
+    lines += [f"not used       {text}" for text in document.unused]
     if document.plan.unsplit:
         lines.append(f"not split      {', '.join(document.plan.unsplit)}")
     lines += [_runner_up(i, other, document.cost) for i, other in enumerate(document.runners_up[:5], 1)]
@@ -81,11 +83,27 @@ def _stages(plan: Plan) -> Iterator[str]:
         blocks = f"blocks {a.blocks[0]}–{b.blocks[1]}" if b.blocks[1] >= a.blocks[0] else "no block"
         each = "" if first == last else " each"
         times = f"forward {show_seconds(a.seconds.forward)}, backward {show_seconds(a.seconds.backward)}"
-        yield f"{name:<14} {blocks}, {_recompute(a)}{each}; {times}, {show_bytes(a.peak_bytes)}"
+        place = f" on {a.group} ({a.device})" if plan.hosts else ""
+        yield f"{name:<14} {blocks}{place}, {_recompute(a)}{each}; {times}, {show_bytes(a.peak_bytes)}"
+
+
+def groups_of(plan: Plan) -> Iterator[str]:
+    """Which group of unlike hosts has which ranks, and how many hosts and devices of it."""
+    first = 0
+    for name, run in groupby(plan.hosts, key=lambda host: host.group):
+        group = list(run)
+        count = sum(len(host.devices) for host in group)
+        blocks = sum(s.blocks[1] - s.blocks[0] + 1 for s in plan.stages if name == s.group)
+        share = f", {blocks} of {sum(len(s.recompute) for s in plan.stages)} blocks" if blocks else ""
+        hosts = f"{len(group)} host{'s' * (len(group) > 1)}"
+        ranks = f"ranks {first}–{first + count - 1}"
+        yield f"group          {name}: {hosts}, {count} × {group[0].device}, {ranks}{share}"
+        first += count
 
 
 def _alike(stage: Stage) -> tuple[object, ...]:
-    return (stage.blocks[1] - stage.blocks[0], _recompute(stage), show_bytes(stage.peak_bytes), stage.seconds)
+    size = stage.blocks[1] - stage.blocks[0]
+    return (size, _recompute(stage), show_bytes(stage.peak_bytes), stage.seconds, stage.group)
 
 
 def _recompute(stage: Stage) -> str:

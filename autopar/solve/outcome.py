@@ -40,6 +40,7 @@ class Outcome:
     bytes: Bytes
     peaks: tuple[float, ...]  # of every stage: its device's
     held: tuple[Bytes, ...]  # of every device along pp
+    limits: tuple[float, ...]  # bytes that each of them may hold
     slowest: int
     fullest: int
     timeline: Timeline
@@ -55,7 +56,10 @@ def settle(cutter: Cutter, spans: list[tuple[int, int]], best: float = float("in
     owners: list[Device] = []
     m = cutter.candidate.microbatches
     for d in reversed(range(cutter.candidate.mesh.pp)):  # the last waits longest for its first micro-batch
-        ahead = sum(float(cutter.over("forward", at) + cutter.over("backward", at)) for at in spans[:d])
+        ahead = sum(
+            float(cutter.at(s).over("forward", at) + cutter.at(s).over("backward", at))
+            for s, at in enumerate(spans[:d])
+        )
         device = Device(cutter, spans, list(range(d, len(spans), cutter.candidate.mesh.pp)))
         once = sum(device.once())
         each = sum(float(c.forward) + float(c.backward) for c in device.cells)
@@ -88,6 +92,7 @@ class Device:
     """
 
     def __init__(self, cutter: Cutter, spans: list[tuple[int, int]], stages: list[int]) -> None:
+        cutter = cutter.at(stages[0])
         b, c = cutter.blocks, cutter.candidate
         self.cutter, self.stages = cutter, stages
         self.cells = [cutter.measured(s, spans[s]) for s in stages]
@@ -208,14 +213,15 @@ def outcome(
     c, owners = cutter.candidate, owners or devices(cutter, spans)
     made = {s: part for d in owners for s, part in zip(d.stages, d.parts(spans, modes), strict=True)}
     parts = [made[s] for s in range(len(spans))]
-    line = timeline(cutter, parts, [cutter.sends[span[1] - 1] for span in spans[:-1]])
+    line = timeline(cutter, parts, [cutter.sending(s, span[1]) for s, span in enumerate(spans[:-1])])
     once = [d.once() for d in owners]
     talks = [c.microbatches * sum(parts[s].talk for s in d.stages) for d in owners]
     busy = [c.microbatches * sum(parts[s].forward + parts[s].backward for s in d.stages) for d in owners]
     step = max(end + shown + updating for end, (shown, updating) in zip(line.ends, once, strict=True))
     slowest = max(range(len(owners)), key=lambda d: (busy[d] + sum(once[d]), -d))
     held = [d.bytes(modes) for d in owners]
-    fullest = max(range(len(owners)), key=lambda d: (held[d].total, -d))
+    limits = tuple(d.cutter.setting.limit for d in owners)
+    fullest = max(range(len(owners)), key=lambda d: (held[d].total / limits[d], -d))
     waiting = step - busy[slowest] - sum(once[slowest])
     return Outcome(
         candidate=c,
@@ -227,6 +233,7 @@ def outcome(
         optimizer=once[slowest][1],
         bytes=held[fullest],
         held=tuple(held),
+        limits=limits,
         peaks=tuple(float(held[s % len(owners)].total) for s in range(len(parts))),
         slowest=slowest,
         fullest=fullest,
@@ -240,7 +247,7 @@ def timeline(cutter: Cutter, parts: list[Part], sends: list[float], *, events: b
     backward = [p.backward for p in parts]
     weight: list[float] = []
     if c.schedule == "interleavedzerobubble":
-        share = cutter.blocks.weight_share
+        share = cutter.at(0).blocks.weight_share
         weight = [b * share for b in backward]
         backward = [b - w for b, w in zip(backward, weight, strict=True)]
     if c.mesh.pp == 1:

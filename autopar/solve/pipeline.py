@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from autopar.cluster import AxisLink, Cluster
+from autopar.cluster.layout import Layout
 from autopar.cost import collective
 from autopar.cost.compute import moving
 from autopar.cost.memory import Sharding, handled_bytes, optimizer_bytes
@@ -23,7 +24,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the outer search; ``sequence``: which assignment along tp, by name."""
+    """One point of the outer search; ``variant``: which assignment along tp, by name; ``layout``: where the pipeline stands
+    on a cluster of unlike hosts."""
 
     mesh: MeshShape
     zero: int
@@ -32,6 +34,7 @@ class Candidate:
     schedule: str
     virtual: int
     variant: str = ""
+    layout: Layout | None = None
 
     @property
     def stages(self) -> int:

@@ -19,9 +19,10 @@ from autopar.plan.plan import MeshShape, Plan
 from autopar.solve.assignment import Assignment, from_choices, replicated
 from autopar.solve.blocks import BEFORE, Held, Profile, profile
 from autopar.solve.formulation import assign
+from autopar.solve.outcome import Outcome, Refusal, settle
 from autopar.solve.pipeline import Blocks, Candidate, Setting, blocks
 from autopar.solve.space import divisors
-from autopar.solve.stages import sharding_of, walk
+from autopar.solve.stages import Cutter, sharding_of, walk
 from autopar.spec.job import Job
 
 Made = TypeVar("Made")
@@ -48,7 +49,10 @@ class Totals:
 
 
 class Source:
-    """Caches of one job. ``calls``: how many block calls the program has."""
+    """Caches of one job. ``calls``: how many block calls the program has; ``promise``: by how much equation (1) of `stages`
+    may be above what a candidate takes."""
+
+    promise = PROMISE
 
     def __init__(
         self, program: Program | Callable[[int], Program], cluster: Cluster, setting: Setting, job: Job
@@ -210,6 +214,20 @@ class Source:
         if key not in self.ready:
             self.ready[key] = blocks(self.profile(c), c, self.setting)
         return self.ready[key]
+
+    def cutter(self, c: Candidate) -> Cutter:
+        return Cutter(self.blocks(c), c, self.setting)
+
+    def settle(self, cutter: Cutter, spans: list[tuple[int, int]], limit: float = float("inf")) -> Outcome | Refusal:
+        return settle(cutter, spans, limit)
+
+    def peak(self, c: Candidate, dtype: str) -> float:
+        """Dense FLOP/s of all devices of a plan together."""
+        return self.cluster.devices * self.cluster.device.peak(dtype)
+
+    def place(self, c: Candidate, rank: int) -> tuple[str, str]:
+        """Device and group of a pipeline rank."""
+        return self.cluster.device.name, self.cluster.groups[0].name
 
     def even(self, c: Candidate) -> tuple[float, list[tuple[int, int]]]:
         """The cuts that make the longest stage as short as can be, and with them the time of a step, whatever ZeRO and

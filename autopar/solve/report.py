@@ -26,6 +26,7 @@ from autopar.solve.prepare import Source
 from autopar.spec.job import Batch
 
 if TYPE_CHECKING:
+    from autopar.solve.fleet import Fleet
     from autopar.solve.search import Search
 
 GIB = 2**30
@@ -33,7 +34,7 @@ TIGHT = 0.9  # a device filled to this share of its limit counts as a binding co
 
 
 def document(
-    source: Source, setting: Setting, batch: Batch, search: Search, count: int, seconds: float
+    source: Source | Fleet, setting: Setting, batch: Batch, search: Search, count: int, seconds: float
 ) -> PlanDocument:
     best = search.best
     assert best is not None
@@ -48,8 +49,8 @@ def document(
     status = "time limit" if search.stopped else "optimal" if gap <= 0.01 else "feasible"
     return PlanDocument(
         model=facts(program, flops),
-        plan=plan(program, best, assignment, source.calls),
-        cost=cost(best, setting, batch, flops),
+        plan=plan(program, best, assignment, source),
+        cost=cost(best, source.peak(c, str(setting.precision.compute)), batch, flops),
         search=SearchFacts(
             seconds=seconds,
             trace_seconds=0.0,
@@ -62,7 +63,7 @@ def document(
         runners_up=runners_up(search),
         binding=binding(best, setting),
         nodes=node_facts(program, assignment, source.prices(c.mesh.tp)),
-        memory_limit=round(setting.limit),
+        memory_limit=round(best.limits[best.fullest]),
         rank_bytes=best.held,
         title=str(source.job.model) if source.job.model is not None else "",
         cluster=str(source.cluster),
@@ -78,8 +79,9 @@ def facts(program: Program, flops: float) -> ModelFacts:
     )
 
 
-def plan(program: Program, best: Outcome, assignment: Assignment, calls: int) -> Plan:
+def plan(program: Program, best: Outcome, assignment: Assignment, source: Source | Fleet) -> Plan:
     c = best.candidate
+    places = [source.place(c, s % c.mesh.pp) for s in range(len(best.parts))]
     return Plan(
         mesh=c.mesh,
         zero=c.zero,  # type: ignore[arg-type]
@@ -94,8 +96,11 @@ def plan(program: Program, best: Outcome, assignment: Assignment, calls: int) ->
                 recompute=tuple(RECOMPUTE[m] for m in p.recompute),  # type: ignore[misc]
                 peak_bytes=round(peak),
                 seconds=Seconds(forward=p.forward, backward=p.backward),
+                device=places[s][0],
+                group=places[s][1],
+                memory_limit=round(best.limits[s % c.mesh.pp]),
             )
-            for p, peak in zip(best.parts, best.peaks, strict=True)
+            for s, (p, peak) in enumerate(zip(best.parts, best.peaks, strict=True))
         ),
         choices=assignment.choices(program),
         placements=assignment.placements(program),
@@ -120,10 +125,9 @@ def splits_sequence(program: Program, assignment: Assignment) -> bool:
     return False
 
 
-def cost(best: Outcome, setting: Setting, batch: Batch, flops: float) -> Cost:
-    device = setting.cluster.device
+def cost(best: Outcome, peak: float, batch: Batch, flops: float) -> Cost:
+    """``peak``: dense FLOP/s of all devices of the plan together."""
     tokens = batch.tokens / best.seconds
-    peak = device.peak(str(setting.precision.compute).removeprefix("torch."))
     return Cost(
         step_seconds=best.seconds,
         compute_seconds=best.compute,
@@ -131,7 +135,7 @@ def cost(best: Outcome, setting: Setting, batch: Batch, flops: float) -> Cost:
         bubble_seconds=best.bubble,
         optimizer_seconds=best.optimizer,
         tokens_per_second=tokens,
-        mfu=flops * tokens / (setting.cluster.devices * peak),
+        mfu=flops * tokens / peak,
         peak_bytes=best.bytes.total,
         bytes=Bytes(**best.bytes.model_dump()),
     )
@@ -166,18 +170,20 @@ def summary(o: Outcome) -> str:
     total = sum(len(p.recompute) for p in o.parts)
     name = c.schedule if c.virtual == 1 else f"{c.schedule} × {c.virtual}"
     dp = f"{c.mesh.dp_replicate} × {c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else c.mesh.dp
+    shares = c.layout.shares if c.layout is not None else ()
+    where = "".join(f"{' → ' if i else ' · '}{s.cluster.groups[0].name}" for i, s in enumerate(shares))
     return (
         f"tp {c.mesh.tp} · pp {c.mesh.pp} · dp {dp} · zero {c.zero} · micro-batch {c.microbatch} · {name} · "
-        f"{again} of {total} blocks recomputed"
+        f"{again} of {total} blocks recomputed{where}"
     )
 
 
 def binding(best: Outcome, setting: Setting) -> tuple[str, ...]:
     """What keeps the plan from being faster."""
     found = []
-    full = max(best.peaks)
-    if full >= TIGHT * setting.limit:
-        found.append(f"memory: {full / GIB:.1f} of {setting.limit / GIB:.1f} GiB on stage {best.peaks.index(full)}")
+    full, limit = best.peaks[best.fullest], best.limits[best.fullest]
+    if full >= TIGHT * limit:
+        found.append(f"memory: {full / GIB:.1f} of {limit / GIB:.1f} GiB on stage {best.fullest}")
     again = sum(m > 0 for p in best.parts for m in p.recompute)
     if again and setting.recompute is None:
         found.append(f"memory: {again} of {sum(len(p.recompute) for p in best.parts)} blocks are recomputed to fit")

@@ -6,6 +6,7 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from autopar.cluster import Cluster
 from autopar.errors import InfeasibleError, PlanError
@@ -13,12 +14,14 @@ from autopar.ir.program import Program
 from autopar.plan.plan import Plan, PlanDocument
 from autopar.solve import report, shortage
 from autopar.solve.mixing import whole_batches
-from autopar.solve.outcome import Outcome, outcome, settle
+from autopar.solve.outcome import Outcome, outcome
 from autopar.solve.pipeline import Candidate, Setting
-from autopar.solve.prepare import PROMISE, Source, setting_of
+from autopar.solve.prepare import Source, setting_of
 from autopar.solve.space import candidates, check_batch, meshes, no_schedule
-from autopar.solve.stages import Cutter
 from autopar.spec.job import Batch, Job, Pins
+
+if TYPE_CHECKING:
+    from autopar.solve.fleet import Fleet
 
 CLOSE = 1e-4  # a candidate must promise to be this share faster than the best to be looked at
 KEPT = 6  # plans kept as runners-up
@@ -30,7 +33,7 @@ class Search:
     """The state of one search. ``full``: how many replicas of a state are known to be too many, where all else is alike
     (states that more devices share take less memory)."""
 
-    source: Source
+    source: Source | Fleet
     setting: Setting
     best: Outcome | None = None
     others: list[Outcome] = field(default_factory=list)
@@ -66,12 +69,12 @@ class Search:
         alike = replace(candidate, mesh=candidate.mesh.model_copy(update={"dp_replicate": 1}))
         if candidate.mesh.dp_replicate >= self.full.get(alike, candidate.mesh.dp + 1):
             return
-        cutter = Cutter(self.source.blocks(candidate), candidate, self.setting)
+        cutter = self.source.cutter(candidate)
         value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
         limit = float("inf") if self.best is None else self.best.seconds
-        if spans and PROMISE * value >= limit * (1 - CLOSE):
+        if spans and self.source.promise * value >= limit * (1 - CLOSE):
             return
-        made = settle(cutter, spans, limit) if spans else "full"
+        made = self.source.settle(cutter, spans, limit) if spans else "full"
         if made == "full" and (candidate.virtual > 1 or not spans):
             self.full[alike] = candidate.mesh.dp_replicate
         if isinstance(made, str):
@@ -92,9 +95,9 @@ class Search:
                 return
             if any(mesh == candidate.mesh for mesh, _ in looked):
                 continue
-            cutter = Cutter(self.source.blocks(candidate), candidate, self.setting)
+            cutter = self.source.cutter(candidate)
             spans = cutter.cut()[1] if candidate.virtual == 1 else self.source.even(candidate)[1]
-            made = settle(cutter, spans) if spans else "full"
+            made = self.source.settle(cutter, spans) if spans else "full"
             if isinstance(made, Outcome):
                 looked.add((candidate.mesh, candidate.zero))
                 self.others.append(made)
@@ -106,6 +109,10 @@ def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Jo
     ``program`` is traced once; ``program.at(batch=, length=)`` (or the function itself) gives the static program of a
     micro-batch. Raises `PlanError` for pins that cannot be, `InfeasibleError` where nothing fits.
     """
+    if cluster.uneven:
+        from autopar.solve.groups import solve as solve_unlike
+
+        return solve_unlike(program, cluster, job)
     began = time.perf_counter()
     if isinstance(program, Program):
         job = whole_batches(program, job)
@@ -154,21 +161,35 @@ def order(c: Candidate) -> tuple:
 
 def evaluate(program: Program | Callable[[int], Program], cluster: Cluster, job: Job, plan: Plan) -> PlanDocument:
     """What a given plan costs: its mesh, stages, recompute and choices as they stand, fitting or not."""
+    if cluster.uneven:
+        from autopar.solve.groups import evaluate as evaluate_unlike
+
+        return evaluate_unlike(program, cluster, job, plan)
     began = time.perf_counter()
     source, setting, batch = prepared(program, cluster, job)
     if plan.mesh.devices != cluster.devices:
         raise PlanError(f"the plan is for {plan.mesh.devices} devices, the cluster has {cluster.devices}")
-    made = plan_outcome(source, setting, plan)
+    made = plan_outcome(source, plan)
     search = Search(source, setting, made, bound=made.seconds, seen=1)
     return report.document(source, setting, batch, search, 1, time.perf_counter() - began)
 
 
-def plan_outcome(source: Source, setting: Setting, plan: Plan) -> Outcome:
+def plan_outcome(source: Source, plan: Plan) -> Outcome:
+    variant = source.adopt(plan)
+    return outcome_of(source, plan, candidate_of(plan, variant))
+
+
+def candidate_of(plan: Plan, variant: str) -> Candidate:
+    return Candidate(
+        plan.mesh, plan.zero, plan.microbatch, plan.microbatches, plan.schedule, plan.virtual_stages, variant
+    )
+
+
+def outcome_of(source: Source | Fleet, plan: Plan, c: Candidate) -> Outcome:
+    """What a candidate comes to with a plan's stages and recompute."""
     from autopar.cost.regions import RECOMPUTE
 
-    variant = source.adopt(plan)
-    c = Candidate(plan.mesh, plan.zero, plan.microbatch, plan.microbatches, plan.schedule, plan.virtual_stages, variant)
-    cutter = Cutter(source.blocks(c), c, setting)
+    cutter = source.cutter(c)
     spans = [(s.blocks[0], s.blocks[1] + 1) for s in plan.stages]
     modes = [
         tuple(RECOMPUTE.index(r) for r in s.recompute) or (0,) * (j - i)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +16,12 @@ from autopar.solve.outcome import devices
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import Source
 from autopar.solve.space import candidates, meshes
-from autopar.solve.stages import Cutter, walk
+from autopar.solve.stages import walk
 from autopar.spec.job import Batch, Job, Pins
 from autopar.spec.quantity import show_bytes
+
+if TYPE_CHECKING:
+    from autopar.solve.fleet import Fleet
 
 GIB, MIB = 2**30, 2**20
 TRIED = 40  # candidates whose need is computed
@@ -26,18 +30,19 @@ MORE_HOSTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Need:
-    """The least bytes with which a candidate runs, on which stage, and what they are."""
+    """The least bytes with which a candidate runs, on the stage that has most beside its ``limit``, and what they are."""
 
     total: float
+    limit: float
     candidate: Candidate
     stage: int
     bytes: Bytes
     recompute: str
 
 
-def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
-    """The smallest device memory that a candidate could run with; None if it cannot be cut at all."""
-    cutter = Cutter(source.blocks(candidate), candidate, setting)
+def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need | None:
+    """What a candidate could run with, with the least beside the memory of each stage's device; None if it cannot be cut."""
+    cutter = source.cutter(candidate)
     n, stages = cutter.n, candidate.stages
     if stages > max(1, n) or candidate.virtual > 1:
         return None
@@ -46,13 +51,15 @@ def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
     best, links = np.full(n + 1, np.inf), []
     best[0] = 0.0
     for s in range(stages):
-        span = cutter.span(s)
-        plain = cutter.held(s, span)
+        part = cutter.at(s)
+        span = part.span(s)
+        plain = part.held(s, span)
         held = [
             plain - cutter.flight[s] * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0]
             for k in modes
         ]
-        value = np.maximum(best[:, None], np.where(legal, np.minimum.reduce(held), np.inf))
+        share = np.minimum.reduce(held) / part.setting.limit
+        value = np.maximum(best[:, None], np.where(legal, share, np.inf))
         links.append(np.argmin(value, axis=0))
         best = np.min(value, axis=0)
     if not np.isfinite(best[n]):
@@ -62,12 +69,13 @@ def need(source: Source, setting: Setting, candidate: Candidate) -> Need | None:
     for s, device in enumerate(devices(cutter, spans)):
         options = [device.bytes([(k,) * (j - i) for i, j in spans]) for k in modes]
         which = min(range(len(options)), key=lambda i: options[i].total)
-        found.append((float(options[which].total), s, options[which], RECOMPUTE[modes[which]]))
-    total, stage, made, mode = max(found, key=lambda f: (f[0], -f[1]))
-    return Need(total, candidate, stage, made, mode)
+        limit = device.cutter.setting.limit
+        found.append((options[which].total / limit, -s, limit, options[which], RECOMPUTE[modes[which]]))
+    _, stage, limit, made, mode = max(found, key=lambda f: f[:2])
+    return Need(float(made.total), limit, candidate, -stage, made, mode)
 
 
-def smallest(source: Source, setting: Setting, legal: list[Candidate]) -> Need | None:
+def smallest(source: Source | Fleet, setting: Setting, legal: list[Candidate]) -> Need | None:
     """The candidate that needs least: among those with the smallest micro-batch and one stage a device."""
     rank = sorted(
         (c for c in legal if c.virtual == 1 and c.schedule != "gpipe" or c.mesh.pp == 1),
@@ -75,16 +83,16 @@ def smallest(source: Source, setting: Setting, legal: list[Candidate]) -> Need |
     )
     found = [made for c in rank[:TRIED] if (made := need(source, setting, c)) is not None]
     found = found or [made for c in legal[:TRIED] if (made := need(source, setting, c)) is not None]
-    return min(found, key=lambda f: f.total) if found else None
+    return min(found, key=lambda f: f.total / f.limit) if found else None
 
 
-def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: list[Candidate]) -> str:
+def message(source: Source | Fleet, setting: Setting, batch: Batch, job: Job, legal: list[Candidate]) -> str:
     """``no plan fits dgx-h100: 93.1 GiB per device needed at best (…), 76.0 GiB there; …``"""
     cluster = setting.cluster
     best = smallest(source, setting, legal)
-    there = (
-        f"{show_bytes(setting.limit)} there ({1 - job.search.memory_margin:.0%} of {show_bytes(cluster.device.memory)})"
-    )
+    margin = 1 - job.search.memory_margin
+    limit = setting.limit if best is None else best.limit
+    there = f"{show_bytes(limit)} there ({margin:.0%} of {show_bytes(round(limit / margin))})"
     if best is None:
         return f"no plan fits {cluster.name}: no pipeline can be cut under these pins; {there}"
     c, b = best.candidate, best.bytes
@@ -92,6 +100,7 @@ def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: lis
              "activations": b.activations, "buffers at the peak": b.transient}  # fmt: skip
     largest = ", ".join(f"{k} {show_bytes(v)}" for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
     where = f" on stage {best.stage}" if c.stages > 1 else ""
+    where += f" ({source.place(c, best.stage)[1]})" if cluster.uneven else ""
     hybrid = f", dp_shard={c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else ""
     text = (
         f"no plan fits {cluster.name} ({cluster.devices} devices): {show_bytes(best.total)} per device needed at best{where} "
@@ -102,7 +111,7 @@ def message(source: Source, setting: Setting, batch: Batch, job: Job, legal: lis
     return f"{text}. Any of these would do: {'; '.join(ways)}" if ways else text
 
 
-def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: Need) -> list[str]:
+def relaxations(source: Source | Fleet, setting: Setting, batch: Batch, job: Job, best: Need) -> list[str]:
     """More memory, other pins, more hosts: what each would have to be."""
     margin = 1 - job.search.memory_margin
     found = []
@@ -111,7 +120,7 @@ def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: 
         for k in ("tp", "pp", "dp", "dp_replicate", "dp_shard", "zero", "microbatch", "recompute", "schedule")
         if getattr(job.pins, k) is not None
     }
-    if free:
+    if free and not setting.cluster.uneven:
         loose = unpinned(source, setting, batch, job)
         if loose is not None and loose.total < best.total * 0.999:
             c = loose.candidate
@@ -119,7 +128,7 @@ def relaxations(source: Source, setting: Setting, batch: Batch, job: Job, best: 
                 f"leave out the pins ({', '.join(sorted(free))}): {show_bytes(loose.total)} with tp={c.mesh.tp}, "
                 f"pp={c.mesh.pp}, zero={c.zero}, recompute {loose.recompute}"
             )
-    if best.total > setting.limit:
+    if best.total > best.limit:
         found.append(f"{enough(best.total / margin)} of memory per device")
     hosts = more_hosts(source, setting, batch, job)
     if hosts is not None:
@@ -134,15 +143,15 @@ def enough(bytes: float) -> str:
     return show_bytes(math.ceil(10 * bytes / MIB) * MIB / 10)
 
 
-def unpinned(source: Source, setting: Setting, batch: Batch, job: Job) -> Need | None:
+def unpinned(source: Source | Fleet, setting: Setting, batch: Batch, job: Job) -> Need | None:
     free = Job(batch=job.batch, passes=job.passes, optimizer=job.optimizer, search=job.search)
     other = Source(source.program, setting.cluster, replace(setting, recompute=None), free)
     return least_on(other, replace(setting, recompute=None), setting.cluster, batch, Pins())
 
 
-def more_hosts(source: Source, setting: Setting, batch: Batch, job: Job) -> str | None:
+def more_hosts(source: Source | Fleet, setting: Setting, batch: Batch, job: Job) -> str | None:
     """The fewest hosts of the same kind on which something fits."""
-    if len(setting.cluster.groups) > 1:
+    if setting.cluster.uneven:
         return None
     for times in MORE_HOSTS:
         cluster = grown(setting.cluster, times)

@@ -73,6 +73,14 @@ class Cutter:
         self.spans: dict[tuple[bool, bool], Span] = {}
         self.fixed_terms: dict[tuple[bool, bool], Array] = {}
 
+    def at(self, s: int) -> Cutter:
+        """What knows stage s; where devices are unlike, each has its own."""
+        return self
+
+    def sending(self, s: int, j: int) -> float:
+        """Seconds to send a micro-batch from stage s, which ends before block j, to the next."""
+        return self.sends[j - 1]
+
     def rows(self) -> dict[str, Array]:
         b = self.blocks
         found = {"forward": b.forward, "backward": b.backward, "talk": b.talk, "trained": b.trained, "frozen": b.frozen,

@@ -67,7 +67,8 @@ def check_job(job: Job) -> None:
         missing = [key for key in ("model", "cluster", "batch") if getattr(job, key) is None]
         raise SpecError(f"the job has no {' and no '.join(missing)}")
     _check_data(job.data, job.model)
-    check_pins(job.pins, sizes(job.model), job.cluster.devices, job.batch.sequences, job.batch.length)
+    batch, uneven = job.batch, job.cluster.uneven
+    check_pins(job.pins, sizes(job.model), job.cluster.devices, batch.sequences, batch.length, uneven=uneven)
 
 
 def _check_data(data: Data, model: ModelOrigin) -> None:
@@ -96,21 +97,24 @@ def check_length(job: Job) -> None:
         raise SpecError(f"batch.length: {length} is more than the {positions} learned positions of {job.model}")
 
 
-def check_pins(pins: Pins, model: Sizes, devices: int, sequences: int, length: int) -> None:
-    """Raise PlanError where pins contradict each other, the devices, the batch or the model."""
-    degrees = pinned_degrees(pins, devices)
+def check_pins(pins: Pins, model: Sizes, devices: int, sequences: int, length: int, *, uneven: bool = False) -> None:
+    """Raise PlanError where pins contradict each other, the devices, the batch or the model. ``uneven``: hosts are unlike,
+    and devices may stay unused."""
+    degrees = pinned_degrees(pins, devices, uneven)
     _check_batch(pins, degrees, sequences, length)
     _check_model(pins, degrees, model)
     _check_schedule(pins, degrees, model)
 
 
-def pinned_degrees(pins: Pins, devices: int) -> dict[str, int]:
+def pinned_degrees(pins: Pins, devices: int, uneven: bool = False) -> dict[str, int]:
     """The degrees that are pinned, and the last one where the other three leave only one value for it."""
     degrees = {axis: degree for axis in AXES if (degree := getattr(pins, axis)) is not None}
     product = math.prod(degrees.values())
     written = " · ".join(f"{axis} {degree}" for axis, degree in degrees.items())
     if product > devices:
         raise PlanError(f"pins: {written} = {product} devices are needed, the cluster has {devices}")
+    if uneven:
+        return degrees
     if devices % product:
         raise PlanError(f"pins: {written} = {product} does not divide the cluster's {devices} devices")
     left = [axis for axis in AXES if axis not in degrees]

@@ -21,11 +21,13 @@ from autopar.spec.base import (
     Spec,
     build,
 )
+from autopar.spec.dead import Dead, dead_devices
 from autopar.spec.quantity import short
 from autopar.spec.source import Source, read
 
 DTYPES = ("float64", "float32", "tensorfloat32", "bfloat16", "float16", "float8", "float4", "int8")
 AUTO = "auto"  # this machine's own number
+NONE_DEAD = ("dead", 0)
 Curve = tuple[tuple[NonNegative, Efficiency], ...]
 
 
@@ -94,13 +96,28 @@ class LinkSpec(Spec):
 
 
 class GroupSpec(Spec):
-    """Some hosts of one kind in a cluster of unlike hosts; ``links`` are those inside the group."""
+    """Some hosts of one kind in a cluster of unlike hosts; ``links`` are those inside the group.
+
+    Where the group has no links between its devices, or between its hosts, those of the cluster hold.
+    """
 
     name: str
     device: DeviceSpec
     devices_per_host: Count
     hosts: Count = 1
+    dead: Dead = 0
     links: tuple[LinkSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _some_are_alive(self) -> GroupSpec:
+        dead_devices(self.dead, self.devices_per_host, self.hosts)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: Any) -> Any:
+        return {
+            key: value for key, value in handler(self).items() if value not in ((), []) and (key, value) != NONE_DEAD
+        }
 
 
 class ClusterSpec(Spec):
@@ -110,33 +127,70 @@ class ClusterSpec(Spec):
     device: DeviceSpec | None = None
     devices_per_host: Count | None = None
     hosts: Count = 1
+    dead: Dead = 0
     links: tuple[LinkSpec, ...] = ()
     groups: tuple[GroupSpec, ...] = ()
 
     @model_validator(mode="after")
     def _whole(self) -> ClusterSpec:
         if self.groups:
-            if self.device or self.devices_per_host or self.hosts != 1:
-                raise ValueError("has groups; device, devices_per_host and hosts belong into the groups")
-            if not self.links:
-                raise ValueError("has groups of hosts and needs 'links' that join them, such as "
-                                 "links: [{span: cluster, bandwidth: 25 GB/s, latency: 10 us}]")  # fmt: skip
+            if self.device or self.devices_per_host or self.hosts != 1 or self.dead:
+                raise ValueError("has groups; device, devices_per_host, hosts and dead belong into the groups")
+            check_groups(self.groups, self.links)
             return self
         if self.device is None or self.devices_per_host is None:
             raise ValueError(f"needs '{'devices_per_host' if self.device else 'device'}' (or 'groups' of hosts)")
         check_links(self.links, self.devices_per_host, self.hosts)
+        dead_devices(self.dead, self.devices_per_host, self.hosts)
         return self
 
     @model_serializer(mode="wrap")
     def _written(self, handler: Any) -> Any:
-        return {key: value for key, value in handler(self).items() if value not in (None, (), [])}
+        given = {key: value for key, value in handler(self).items() if value not in (None, (), [])}
+        return {key: value for key, value in given.items() if (key, value) != NONE_DEAD}
 
     @property
     def devices(self) -> int:
-        """How many devices there are."""
-        if self.groups:
-            return sum(group.devices_per_host * group.hosts for group in self.groups)
-        return self.hosts * (self.devices_per_host or 1)
+        """How many devices there are that work."""
+        return sum(
+            (of.devices_per_host or 1) * of.hosts
+            - sum(map(len, dead_devices(of.dead, of.devices_per_host or 1, of.hosts).values()))
+            for of in (self.groups or (self,))
+        )
+
+    @property
+    def uneven(self) -> bool:
+        """Whether hosts are unlike: several groups, or dead devices."""
+        return bool(self.groups) or bool(self.dead)
+
+
+def check_groups(groups: tuple[GroupSpec, ...], links: tuple[LinkSpec, ...]) -> None:
+    """Every two devices joined, by links of a group or of the cluster; ValueError otherwise."""
+    if not links:
+        raise ValueError("has groups of hosts and needs 'links' that join them, such as "
+                         "links: [{span: cluster, bandwidth: 25 GB/s, latency: 10 us}]")  # fmt: skip
+    if links[-1].span != "cluster":
+        raise ValueError(f"has groups of hosts, but its links end with span: {links[-1].span}; links needs an entry with "
+                         "span: cluster that joins them")  # fmt: skip
+    outer = [k for k in links if k.span != "host"]
+    sizes = [k.span for k in outer[:-1]]
+    if sizes != sorted(sizes) or "host" in [k.span for k in links[1:]]:
+        raise ValueError(f"has links that are not in order, innermost first: {[str(k.span) for k in links]}")
+    for i, group in enumerate(groups):
+        try:
+            check_links(joined_links(group, links), group.devices_per_host, group.hosts)
+        except ValueError as error:
+            raise ValueError(f"groups.{i} ({group.name}) {error}, in the group or in the cluster") from None
+
+
+def joined_links(group: GroupSpec, links: tuple[LinkSpec, ...]) -> tuple[LinkSpec, ...]:
+    """The links inside a group: its own, and those of the cluster where it has none inside or between its hosts."""
+    sizes = [{"host": group.devices_per_host}.get(str(k.span), k.span) for k in group.links]
+    inside = any(size == "cluster" or int(size) >= group.devices_per_host for size in sizes)
+    across = any(size == "cluster" or int(size) > group.devices_per_host for size in sizes)
+    below = tuple(k for k in links if k.span == "host") if not inside and group.devices_per_host > 1 else ()
+    above = tuple(k for k in links if k.span == "cluster") if not across and group.hosts > 1 else ()
+    return (*group.links, *below, *above)
 
 
 def check_links(links: tuple[LinkSpec, ...], per_host: int, hosts: int) -> None:

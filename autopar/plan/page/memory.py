@@ -15,11 +15,14 @@ def memory(document: PlanDocument) -> Markup:
     peaks = [max((s.peak_bytes for s in stages_of(plan, r)), default=0) for r in range(plan.mesh.pp)]
     tops = [h.total if h else p for h, p in zip(held, peaks, strict=True)]
     scale = max([limit, *tops, 1]) * 1.02
-    rows = [_row(plan, rank, held[rank], tops[rank], limit, scale) for rank in range(plan.mesh.pp)]
+    limits = [plan.stages[rank].memory_limit or limit for rank in range(plan.mesh.pp)]
+    scale = max([scale, *(n * 1.02 for n in limits)])
+    rows = [_row(plan, rank, held[rank], tops[rank], limits[rank], scale) for rank in range(plan.mesh.pp)]
     partly = any(h is None for h in held)
     keys = [(part, part) for part in PARTS] + ([("peak", "all kinds together")] if partly else [])
     keys += [("limit-key", "limit")] if limit else []
-    note = f"Peak bytes of the devices of every pipeline rank{_against(limit)}."
+    against = _against(limit) if len(set(limits)) == 1 else ", against what a plan may use of each"
+    note = f"Peak bytes of the devices of every pipeline rank{against}."
     return section("memory", "Memory", note, legend(keys), tag("div", rows, cls="ranks"))
 
 
@@ -66,7 +69,8 @@ def _row(plan: Plan, rank: int, held: Bytes | None, top: int, limit: int, scale:
     mark = tag("span", cls="limit", style=left, title=f"limit: {show_bytes(limit)}") if limit else None
     share = tag("small", f" {top / limit:.0%}") if limit else None
     value = tag("span", show_bytes(top), share, cls="num over" if 0 < limit < top else "num")
-    about = tag("small", f"{blocks_of(plan, rank)} · {recompute_of(plan, rank)}")
+    place = f" · {plan.stages[rank].group}" if plan.hosts else ""
+    about = tag("small", f"{blocks_of(plan, rank)} · {recompute_of(plan, rank)}{place}")
     name = tag("div", tag("b", label_of(plan, rank)), about, cls="name")
     return tag("div", name, tag("div", parts, mark, cls="bar"), value, cls="rank", data_rank=rank, data_bytes=top)
 

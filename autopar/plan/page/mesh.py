@@ -5,6 +5,7 @@ from __future__ import annotations
 from autopar.plan.page.html import Child, Markup, section, tag
 from autopar.plan.page.memory import blocks_of
 from autopar.plan.plan import MeshShape, Plan, PlanDocument
+from autopar.plan.text import groups_of
 
 CELLS = 512  # so many devices are drawn at most, in whole replicas; of a larger replica the edges
 ROWS, COLUMNS = 24, 32  # of a replica, before its middle is left out
@@ -21,7 +22,9 @@ def mesh(document: PlanDocument) -> Markup:
     axes = tag("dl", [[tag("dt", tag("b", a), f" {n}"), tag("dd", what)] for a, n, what in axes_of(plan)], cls="axes")
     count = f"{shape.devices:,} device{'s' * (shape.devices > 1)}"
     note = f"{count}: the number in a cell is the device's rank, its colour the pipeline rank."
-    return section("mesh", "Mesh", note, axes, tag("div", panels, more, cls="replicas"))
+    told = [*groups_of(plan), *(f"not used: {text}" for text in document.unused)]
+    where = tag("ul", [tag("li", text) for text in told]) if told else None
+    return section("mesh", "Mesh", note, axes, where, tag("div", panels, more, cls="replicas"))
 
 
 def replicas_shown(shape: MeshShape) -> int:
@@ -69,7 +72,8 @@ def _replica(plan: Plan, d: int) -> Markup:
             rows.append(tag("div", f"⋮ {shape.pp - ROWS} more pipeline ranks", cls="gap"))
             continue
         cells = [_cell(shape, p, d, column) for column in columns]
-        name = tag("span", f"pp {p}", cls="pp", title=blocks_of(plan, p))
+        place = f" on {plan.stages[p].group} ({plan.stages[p].device})" if plan.hosts else ""
+        name = tag("span", f"pp {p}", cls="pp", title=blocks_of(plan, p) + place)
         rows.append(tag("div", name, cells, cls="devices"))
     head = tag(
         "div", f"replica {d}" if shape.dp > 1 else "all devices", tag("span", _across(shape), cls="arrow"), cls="head"
