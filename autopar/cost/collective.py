@@ -6,15 +6,18 @@ import math
 
 import numpy as np
 
-from autopar.cluster import AxisLink
+from autopar.cluster import AxisLink, Device
 from autopar.sharding.redistribute import Collective
 
 TREE = 0.92
 """Bandwidth of NCCL's tree beside its ring's, where it leaves a host (NCCL src/graph/tuning.cc: .92 for trees of LL128)."""
-CONTENTION = 0.45
-"""Share of its own time by which a collective delays the products it runs beside: its kernels hold units that a wave of
-tiles then lacks, and memory bandwidth and power with them. From two rows of the llm-foundry tables (13b, 2,048 tokens,
-micro-batch 2, eight devices: A100 and H100), the only ones where sharded states are most of what is left to explain."""
+HELD = 0.15
+"""Share of a device's multiprocessors that the kernels of a collective hold while it lasts, waiting or not: 20 of 132
+(DeepSeek-AI 2024, DeepSeek-V3, section 3.2.2); NCCL runs up to 24 channels, a multiprocessor each, on an A100."""
+PASSES = 2.5
+"""Bytes of memory that pass for a byte on a link: a ring reads what it sends on and writes what it gets; reducing reads once
+more (2 and 3)."""
+COPYING = 0.45  # the same share of a device without multiprocessors of its own: its cores do both
 
 
 def gather(bytes: float, link: AxisLink) -> float:
@@ -90,6 +93,20 @@ def send(bytes: float, link: AxisLink) -> float:
     return link.latency + bytes / (link.bandwidth * link.efficiency) if link.members > 1 and bytes else 0.0
 
 
-def behind(talk: np.ndarray | float, compute: np.ndarray | float) -> np.ndarray:
-    """Seconds that show of a collective run behind a computation: what is longer, and what it takes from it meanwhile."""
-    return np.maximum(0.0, np.asarray(talk) - compute) + CONTENTION * np.minimum(talk, compute)
+def speed(link: AxisLink) -> float:
+    """Bytes a second that pass each member in a large collective."""
+    return 1.0 / moving(1.0, link) * (link.members - 1) / link.members if link.members > 1 else 0.0
+
+
+def contention(link: AxisLink, device: Device) -> float:
+    """Share of its own time by which a collective delays the kernels it runs beside: the multiprocessors it holds, which
+    waves of tiles then lack, and the memory bandwidth it takes. A slow network takes little of that."""
+    if device.units is None:
+        return COPYING
+    return min(1.0, HELD + PASSES * speed(link) / device.bandwidth)
+
+
+def behind(talk: np.ndarray | float, compute: np.ndarray | float, delay: float) -> np.ndarray:
+    """Seconds that show of a collective run behind a computation: what is longer, and, of the rest, the share ``delay``
+    (`contention`) that it takes from it meanwhile."""
+    return np.maximum(0.0, np.asarray(talk) - compute) + delay * np.minimum(talk, compute)

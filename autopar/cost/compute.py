@@ -19,8 +19,8 @@ from autopar.sharding.placement import Placement, R
 MATMUL_CURVE = ((1e6, 0.02), (1e8, 0.15), (1e9, 0.45), (16e9, 0.62), (128e9, 0.70))
 """Share of the dense peak by FLOPs of a call, where a device's own spec has no curve: the shape of Calculon's curve
 (calculon-ai/calculon systems/a100_80g.json), its top between what `specs/clusters` say of A100 and H100."""
-MEMORY_CURVE = ((0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9))
-"""Share of the memory bandwidth by bytes of a call: Calculon's a100_80g.json, ``mem1``."""
+MEMORY_CURVE = ((0.0, 0.25), (1e6, 0.5), (10e6, 0.62), (100e6, 0.75))
+"""Share of the memory bandwidth by bytes of a call: as in `specs/clusters`, Calculon's a100_80g.json, ``mem1``, times 0.83."""
 ATTENTION = (0.6, 0.5)
 """Share of a large matrix product's rate that a fused attention kernel reaches, forward and backward, where a device's spec
 has none of its own: between A100 and H100 (Dao 2023, FlashAttention-2, section 4.1)."""

@@ -107,12 +107,12 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     reduce = travel(collective.gather, link, p.reduce.itemsize * trained)
     handled = handling(candidate, setting, trained, frozen)
     forward, backward = forward + handled[0], backward + handled[1]
-    if zero == 3 and dp > 1:
-        extra_f, extra_b = collective.behind(gather, forward), collective.behind(gather + reduce, backward)
-    elif zero == 2 and dp > 1:
-        extra_f, extra_b = np.zeros(n), collective.behind(reduce, backward)
-    else:
-        extra_f, extra_b = np.zeros(n), np.zeros(n)
+    before, after = zero == 3 and dp > 1, zero >= 2 and dp > 1
+    fetched, sent = gather * before, (gather * before + reduce) * after
+    delay = collective.contention(link, setting.cluster.device)
+    extra_f, extra_b = collective.behind(fetched, forward, delay), collective.behind(sent, backward, delay)
+    again = level(lambda r: r.again)
+    hidden = extra_b - collective.behind(sent, backward + again, delay)  # more of it behind what is computed again
     working = np.array(
         [
             [max(r.working[m], between[i].working[0] if i in between else 0.0) for i, r in enumerate(regions)]
@@ -126,7 +126,7 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
         backward=backward + extra_b,
         talk=talk + extra_f + extra_b,
         saved=level(lambda r: r.saved),
-        again=level(lambda r: r.again),
+        again=again - hidden,
         again_talk=level(lambda r: r.again_talk),
         working=working,
         trained=trained,
@@ -190,6 +190,7 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     dp, tp = setting.cluster.axis_link(mesh, "dp"), setting.cluster.axis_link(mesh, "tp")
     within, across = (setting.cluster.axis_link(m, "dp") for m in (mesh.within, mesh.across))
     exposed = 0.0 * stage.trained
+    delay = collective.contention(dp, setting.cluster.device)
 
     def reduced(elements: Array) -> Array:
         size = p.reduce.itemsize * elements
@@ -201,11 +202,13 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     if mesh.dp > 1 and (zero <= 1 or mesh.dp_replicate > 1):
         whole = reduced(stage.trained)
         hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
-        exposed = exposed + np.maximum(np.minimum(whole, reduced(stage.largest)), collective.behind(whole, hidden))
+        exposed = exposed + np.maximum(
+            np.minimum(whole, reduced(stage.largest)), collective.behind(whole, hidden, delay)
+        )
     if mesh.dp > 1 and zero in (1, 2):
         fetch = travel(collective.gather, within, p.compute.itemsize * stage.all)
         first = travel(collective.gather, within, p.compute.itemsize * stage.largest)
-        exposed = exposed + np.maximum(np.minimum(fetch, first), collective.behind(fetch, stage.forward))
+        exposed = exposed + np.maximum(np.minimum(fetch, first), collective.behind(fetch, stage.forward, delay))
     if mesh.tp > 1:
         size = p.gradients.itemsize * stage.partial / sharding.split
         exposed = exposed + travel(collective.all_reduce, tp, size)

@@ -66,11 +66,22 @@ def written(node: fx.Node) -> Found | None:
     if not is_node(node, aten.rsqrt.default, aten.pow.Tensor_Scalar) or not (power := mean_square(node)):
         return None
     x, eps = power
-    scaled = next((u for u in node.users if is_node(u, aten.mul.Tensor) and set(u.args) == {x, node}), None)
+    scaled = next((u for u in node.users if is_node(u, aten.mul.Tensor) and scales(u, x, node)), None)
     if scaled is None or not same_sizes(scaled, x):
         return None
     last, weight = weighted(scaled)
     return Found(last, x, weight, None, eps, False)
+
+
+def scales(product: fx.Node, x: fx.Node, root: fx.Node) -> bool:
+    """Whether a product is x times the reciprocal root; x may be widened for the square alone, as `mixed_precision` does."""
+    others: list[Any] = [a for a in product.args if a is not root]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return False
+    widened = (
+        is_node(x, *CASTS) and others[0] is x.args[0] and value(others[0]).dtype.itemsize <= value(x).dtype.itemsize
+    )
+    return others[0] is x or widened
 
 
 def mean_square(root: fx.Node) -> tuple[fx.Node, float] | None:

@@ -7,7 +7,6 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from autopar.cost.collective import CONTENTION, behind
 from autopar.cost.memory import Sharding, handled_bytes
 from autopar.cost.precision import Precision
 from autopar.cost.tiles import filling
@@ -80,12 +79,6 @@ def test_a_concatenation_costs_forward_alone_and_a_square_seven_passes_backward(
     size = 2 * 16 * 64 * 4
     assert bytes_of(program, "cat") == [(2 * size, 0.0, 0.0)]
     assert bytes_of(program, "pow") == [(2 * size, 7 * size, 0.0)]
-
-
-def test_a_collective_behind_a_computation_shows_what_is_longer_and_what_it_delays() -> None:
-    assert behind(1.0, 4.0) == pytest.approx(CONTENTION)
-    assert behind(5.0, 4.0) == pytest.approx(1.0 + 4.0 * CONTENTION)
-    assert behind(0.0, 4.0) == 0.0
 
 
 def test_gathered_parameters_are_copied_out_and_gradients_added_where_they_add_up() -> None:

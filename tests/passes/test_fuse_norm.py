@@ -8,6 +8,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from autopar.ir.program import Program
+from autopar.ir.rewrite import rewrite
+from autopar.ir.trace import trace
 from tests.passes.minimal import block_text, both, ids, targets  # noqa: F401
 
 CLOSE = 1e-12
@@ -111,6 +113,13 @@ def test_every_spelling_is_found_and_computes_the_same(kind: type[Stack]) -> Non
 def test_the_sum_before_a_norm_may_be_left_out() -> None:
     _, after, error = both(Llama(), "fused_norm", residual=False)
     assert norms(after) == ["rms_norm", "rms_norm"] and error < CLOSE
+
+
+def test_a_norm_is_found_before_and_after_the_casts_of_mixed_precision() -> None:
+    program = trace(Llama(), ids())
+    casts = {"mixed_precision": {}}
+    for passes in ([casts, {"fused_norm": {}}], [{"fused_norm": {}}, casts]):
+        assert norms(rewrite(program, passes)) == FOUND[Llama]
 
 
 class OverLength(Stack):
