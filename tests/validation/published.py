@@ -27,6 +27,9 @@ POWER = ((500 - 100) / (700 - 100)) ** (1 / 3)
 """Clocks at 500 W beside those at 700 W: above what an idle device takes (100 W, an assumption), power goes with their cube."""
 FUSED: list[dict[str, Any]] = [{"fused_norm": {}}, {"fused_rotary": {}}, {"fused_glu": {}}]
 """What stands in for torch.compile: kernels for the same chains of elementwise operators."""
+TRITON = 1.8
+"""llm-foundry's attention is FlashAttention in Triton, over which FlashAttention-2 is 1.3 to 2.5 times as fast (Dao 2023, section
+4.1): their geometric mean."""
 BOUNDLESS = "100000 GiB"  # where time alone is asked for
 
 
@@ -109,6 +112,39 @@ def foundry(row: Row) -> dict[str, Any]:
     made = job(model, cluster(row["device"], row["devices"]), row["sequences"], row["length"], pins, "bfloat16",
                [{"flash_attention": {}}])  # fmt: skip
     made["passes"][0]["mixed_precision"]["reduce"] = "bfloat16"
+    if row["device"] == "a100_40gb":
+        made["cluster"]["name"] = "dgx-a100-40gb"
+    known = Cluster.load(made["cluster"]["name"]).device.efficiency.attention
+    assert known is not None
+    made["cluster"]["device"]["efficiency"] = {"attention": [share / TRITON for share in known]}
+    return made
+
+
+def megatron_v100(row: Row) -> dict[str, Any]:
+    """A GPT of Megatron-LM 1.0 on a DGX-2H, whose V100 run at 130 TFLOP/s."""
+    made = megatron(row)
+    made["model"]["max_length"] = made["batch"]["length"] = 1024
+    device = {"memory": BOUNDLESS, "flops_per_second": {"float64": 7.8e12, "float32": 15.7e12, "float16": 130e12}}
+    made["cluster"] = {"name": "dgx-v100", "devices_per_host": row["devices"], "hosts": 1, "device": device}
+    return made
+
+
+def fms(row: Row) -> dict[str, Any]:
+    """A Llama 2 under FSDP1, on hosts whose eight devices share a slower network."""
+    model = {"family": "llama", **{k: row[k] for k in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")},
+             "max_length": row["length"], "tied": False}  # fmt: skip
+    pins = {"tp": 1, "pp": 1, "dp": row["devices"], "dp_shard": row["dp_shard"], "zero": 3, "microbatch": row["microbatch"],
+            "recompute": "full" if row["recomputed"] == 1 else "none"}  # fmt: skip
+    machine = cluster(row["device"], row["devices"])
+    host, network = Cluster.load(machine["name"]).links
+    machine["links"] = [
+        {"span": "host", "bandwidth": host.bandwidth, "latency": host.latency, "efficiency": host.efficiency},
+        {"span": "cluster", "bandwidth": row["host_gbit"] * 1e9 / 64, "latency": network.latency,
+         "efficiency": network.efficiency},
+    ]  # fmt: skip
+    passes = [{"sdpa_attention": {}}, *FUSED]
+    made = job(model, machine, row["sequences"], row["length"], pins, "bfloat16", passes)
+    made["passes"][0]["mixed_precision"]["reduce"] = "bfloat16"
     return made
 
 
@@ -148,6 +184,11 @@ def partly(row: Row) -> str:
     if row.get("tp", 1) > 1 and "kv_heads" in row:
         return "gathers activations over tp; our plan gathers weights where they are less"
     return "torch.compile; beside it, fused kernels" if row.get("compile") else ""
+
+
+def recomputed(row: Row) -> float:
+    """The share of what there is that is recomputed: every second block in our plan, where a run repeats every second product."""
+    return row.get("recomputed", 0.5 if alternates(row) else 0.0)
 
 
 def alternates(row: Row) -> bool:

@@ -52,7 +52,7 @@ def ran_out(row: Row) -> bool:
 def test_what_ran_out_of_memory_does_not_fit(row: Row) -> None:
     with pytest.raises(InfeasibleError):
         predict(torchtitan(row, memory=None))
-    peak = predict(torchtitan(row), alternating=True).cost.peak_bytes
+    peak = predict(torchtitan(row), share=0.5).cost.peak_bytes
     assert peak > 80 * GIB  # nor with every second block recomputed
 
 
