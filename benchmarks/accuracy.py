@@ -34,24 +34,27 @@ What the cost model says of runs that others published, each as a fully pinned j
 
     .venv/bin/python benchmarks/accuracy.py
 
-and checked in part by `tests/validation/`. Seconds are of one optimizer step. One curve per device type serves all tables;
-it is in `specs/clusters/` with its sources. **No number in it was fitted to a row below**, except where the heading says so: the
-shares of the peak that products and memory-bound operators reach in training are from llm-foundry's tables, the rows of 512 and
-1,024 tokens (125m to 30b on A100 of 80 GB, 760m to 30b on H100). The older tables were in sight when the shares were rounded, and
-so were the held-out ones, whose first errors the headings give: those were read before anything was changed, and led to causes (what a
-collective takes from what it runs beside, norms that were not fused under mixed precision, recomputation to the end of a block).
-What a V100 and an RTX 4090 reach is scaled from A100 by products measured alone.
+and checked in part by `tests/validation/`. Seconds are of one optimizer step. One curve per device type serves all
+tables; it is in `specs/clusters/` with its sources. The shares of the peak that products and memory-bound operators
+reach in training are from llm-foundry's tables, the rows of 512 and 1,024 tokens (125m to 30b on A100 of 80 GB, 760m
+to 30b on H100); of what those rows leave open, the older tables, which were in sight, decided. The held-out tables
+were read once before anything was changed, with the errors that their headings give. Causes were then looked for in
+them (what a collective takes from what it runs beside, norms that were not fused under mixed precision, recomputation
+to the end of a block, memory-bound operators that are too fast); no number was chosen to fit one of their rows. What
+a V100 and an RTX 4090 reach is scaled from A100 by products measured alone.
 
 Tables of Megatron-LM and torchtitan are priced as their code runs, where our plan would choose otherwise
-(`tests/validation/megatron.py`): weights stay where they are along tp, no weight is gathered; Megatron's scale, mask and softmax are one
-kernel, and its recomputation runs a block again to its end, where torch's stops as soon as it has what it needs. Megatron computes with
-float16 weights and keeps a float32 copy with the optimizer; its rows are jobs with `master: float16`. llm-foundry's attention is the
-Triton kernel of 2023: 1.8 times slower than what the clusters' files say (Dao 2023, section 4.1: 1.3 to 2.5 times). torchtitan's H100 runs at
-500 W instead of 700: its shares are H100's, times the cube root of the power above idle.
+(`tests/validation/megatron.py`): weights stay where they are along tp, no weight is gathered; Megatron's scale, mask
+and softmax are one kernel, and its recomputation runs a block again to its end, where torch's stops as soon as it has
+what it needs. Megatron computes with float16 weights and keeps a float32 copy with the optimizer; its rows are jobs
+with `master: float16`. llm-foundry's attention is the Triton kernel of 2023: 1.8 times slower than what the clusters'
+files say (Dao 2023, section 4.1: 1.3 to 2.5 times). torchtitan's H100 runs at 500 W instead of 700: its shares are
+H100's, times the cube root of the power above idle.
 
-What falls short: MT-NLG ran with DeepSpeed's pipeline engine, a fifth slower than Megatron's own for the same model, which nothing here
-explains; llm-foundry on A100 of 40 GB is slower than on 80 GB by more than the bandwidth of the memory, most where the memory is nearly
-full; torch.compile runs a recomputed block to its end, which the plans beside fms-fsdp do not.
+What falls short: MT-NLG ran with DeepSpeed's pipeline engine, a fifth slower than Megatron's own for the same model,
+which nothing here explains; llm-foundry on A100 of 40 GB is slower than on 80 GB by more than the bandwidth of the
+memory, most where the memory is nearly full; torch.compile runs a recomputed block to its end, which the plans beside
+fms-fsdp do not.
 
 "apart": the run does what no plan of ours does, and counts in no mean; "like": the plan does something like it, and counts.
 """

@@ -99,7 +99,7 @@ def test_one_layer_takes_as_long_as_predicted_with_and_without_recompute() -> No
     assert_close(found)
 
 
-# ------------------------------------------------------------------ held out: nothing was chosen by these rows' errors
+# ------------------------------------------------------------------ held out: no number was chosen to fit these rows
 
 
 def test_held_out_sharded_training_over_slow_networks_takes_as_long_as_predicted() -> None:
