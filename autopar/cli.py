@@ -109,6 +109,7 @@ def _arguments(name: str, command: argparse.ArgumentParser) -> None:
     if name == "run":
         add("-o", "--output", metavar="DIR", help="the build folder (default: builds/ and the job's name)")
         add("--resume", action="store_true", help="go on from the last checkpoint")
+        add("--recalibrate", action="store_true", help="afterwards measure this machine and look for a better plan")
     if name == "view":
         add("-o", "--output", metavar="PLAN.html", required=True, help="the page to write")
     if name == "verify":

@@ -159,6 +159,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from autopar.runtime import launch
 
     status = launch.run(folder, resume=args.resume)
+    if args.recalibrate and status == cli.EXIT_DONE:
+        from autopar import recalibration
+
+        print(recalibration.text(recalibration.recalibrated(folder)), file=sys.stderr, flush=True)
     if args.json and (folder / "summary.json").is_file():
         cli.write_json(out, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     return status

@@ -22,9 +22,9 @@ TINY = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "nu
 TINY |= {"num_key_value_heads": 2, "vocab_size": 260}
 JOB: dict[str, Any] = {
     "cluster": {"name": "local-cpu", "devices_per_host": 1},
-    "batch": {"sequences": 4, "length": 128},
+    "batch": {"sequences": 8, "length": 128},
     "passes": [{"lora": {"rank": 8, "alpha": 16, "targets": ["query", "value"]}}],
-    "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup": 5},
+    "optimizer": {"lr": 5e-4, "schedule": "cosine", "warmup": 5},
     "train": {"steps": 40, "clip": 1.0},
     "data": {
         "text": ["stdlib:asyncio/*.py", "stdlib:json/*.py"],

@@ -27,7 +27,7 @@ FORBIDDEN = {  # although a part in between may
     "lower": {"cost", "solve"},
     "runtime": {"solve", "cost"},
 }
-EVERYTHING = {"api", "cli", "commands", "emulate", "executable", "proof", "__init__"}
+EVERYTHING = {"api", "cli", "commands", "emulate", "executable", "proof", "recalibration", "__init__"}
 PASSES = {"autopar.ir", "autopar.kernels", "autopar.errors"}
 
 

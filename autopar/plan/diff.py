@@ -48,6 +48,12 @@ def _decisions(document: PlanDocument, other: PlanDocument) -> Iterator[Row]:
         yield name, str(a[name]), str(b[name]), "" if a[name] == b[name] else "differs"
 
 
+def changes(document: PlanDocument, other: PlanDocument) -> list[str]:
+    """What the other plan decides otherwise, each as ``tp 2 → 4``; placements and stages' cuts left out."""
+    a, b = _facts(document), _facts(other)
+    return [f"{name} {a[name]} → {b[name]}" for name in a if a[name] != b[name] and name not in ("model", "cluster")]
+
+
 def _seconds(document: PlanDocument, other: PlanDocument) -> Iterator[Row]:
     for field in ("step", "compute", "exposed_communication", "bubble", "optimizer"):
         a, b = (getattr(d.cost, f"{field}_seconds") for d in (document, other))

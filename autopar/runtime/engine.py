@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -63,6 +64,7 @@ class Engine:
         self.runner = self._runner()
         self.scale = LossScale() if self.manifest.precision.get("compute") == "float16" else None
         self.finite = True  # whether the gradients of the last `accumulate` were, on all ranks
+        self.update_seconds = 0.0  # what `apply` took in the last `step`, as this process saw it
         self.norm: float | None = None  # the global gradient norm of the last `apply`, where it was needed
 
     def _stage(self, read: BuildFolder, index: int, source: Source) -> tuple[int, StageEntry, nn.Module]:
@@ -93,7 +95,9 @@ class Engine:
         key. Each replica takes its own share. The mean is over all counted labels of the global batch.
         """
         loss = self.accumulate(batch)
+        begin = time.perf_counter()
         self.apply()
+        self.update_seconds = time.perf_counter() - begin
         return loss
 
     def accumulate(self, batch: Mapping[str, torch.Tensor]) -> float:

@@ -12,6 +12,9 @@ from typing import Any
 from autopar.plan.plan import PlanDocument
 
 METRICS, SUMMARY, STATUS = "metrics.jsonl", "summary.json", "status.json"
+PARTS = ("data_seconds", "passes_seconds", "update_seconds")
+APART = 0.15
+"""Predicted and measured step time that differ by more than this share of the prediction are explained."""
 
 
 class Metrics:
@@ -55,17 +58,20 @@ def summary(metrics: list[dict[str, Any]], own: int, peaks: list[int], document:
     memory, so it is left out of the times where there are others."""
     mine = metrics[-own:] if own else []
     timed = mine[1:] or mine
-    seconds = statistics.median(m["step_seconds"] for m in timed) if timed else None
-    rate = statistics.median(m["tokens_per_second"] for m in timed) if timed else None
+
+    def median(key: str) -> float | None:
+        return statistics.median(m[key] for m in timed) if timed else None
+
     predicted = None
     if document is not None:
         cost = document.cost
         by_stage = [s.peak_bytes for s in document.plan.stages]
         predicted = {"step_seconds": cost.step_seconds, "peak_bytes": cost.peak_bytes, "peak_bytes_by_stage": by_stage}
         predicted["tokens_per_second"] = cost.tokens_per_second
+        predicted |= {"data_seconds": 0.0, "update_seconds": cost.optimizer_seconds}
+        predicted["passes_seconds"] = cost.step_seconds - cost.optimizer_seconds
     measured = {
-        "step_seconds": seconds,
-        "tokens_per_second": rate,
+        **{key: median(key) for key in ("step_seconds", "tokens_per_second", *PARTS)},
         "peak_bytes": max(peaks),
         "peak_bytes_by_rank": peaks,
     }
@@ -85,13 +91,34 @@ def table(found: dict[str, Any]) -> str:
     rows = [f"{'':24}{'predicted':>14}{'measured':>14}"]
     for title, key, form in (
         ("seconds per step", "step_seconds", lambda v: f"{v:.4f}"),
+        ("  waiting for data", "data_seconds", lambda v: f"{v:.4f}"),
+        ("  forward and backward", "passes_seconds", lambda v: f"{v:.4f}"),
+        ("  update", "update_seconds", lambda v: f"{v:.4f}"),
         ("tokens per second", "tokens_per_second", lambda v: f"{v:,.0f}"),
         ("peak memory, MiB", "peak_bytes", lambda v: f"{v / 2**20:,.1f}"),
     ):
         cells = [form(v) if (v := side.get(key)) is not None else "–" for side in (predicted, measured)]
         rows.append(f"{title:24}{cells[0]:>14}{cells[1]:>14}")
     ranks = ", ".join(f"{b / 2**20:,.1f}" for b in measured["peak_bytes_by_rank"])
-    return "\n".join([*rows, f"peak memory of each rank, MiB: {ranks}"])
+    return "\n".join([*rows, f"peak memory of each rank, MiB: {ranks}", *disagreement(predicted, measured)])
+
+
+def disagreement(predicted: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """Where the seconds are that were not predicted, if a step takes more than `APART` longer or shorter than predicted."""
+    ours, real = predicted.get("step_seconds"), measured["step_seconds"]
+    if not ours or not real or abs(real / ours - 1) <= APART:
+        return []
+    part = max(PARTS, key=lambda key: abs(measured[key] - predicted[key]))
+    name = {"data_seconds": "waiting for data", "passes_seconds": "forward, backward and their communication"}
+    where = name.get(part, "the update")
+    return [
+        f"a step takes {real / ours:.2f} times what was predicted; most of the difference is {where}: "
+        f"{measured[part]:.4f} s, {predicted[part]:.4f} s predicted",
+        *([RECALIBRATE] if part != "data_seconds" else []),
+    ]
+
+
+RECALIBRATE = "(`autopar run … --recalibrate` measures this machine and says which plan is the best for what it does)"
 
 
 def status(folder: Path, state: str, **details: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -101,6 +102,32 @@ class Stop:
         self.asked = True
 
 
+class Clock:
+    """Where the seconds of a step go on this rank: waiting for ``data``, forward and backward ``passes`` with all sums of
+    gradients, the ``update``. On GPUs an update is still running when it is read; the next step's passes wait for it."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def read(self, name: str) -> None:
+        """The seconds since the last reading are ``name``'s."""
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+    def move(self, source: str, name: str, seconds: float) -> None:
+        """So many of the seconds of ``source`` are ``name``'s."""
+        self.seconds[source] -= seconds
+        self.seconds[name] = seconds
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def parts(self) -> dict[str, float]:
+        return {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+
+
 class Run:
     """One training run of an engine over its job's data."""
 
@@ -144,13 +171,13 @@ class Run:
             report.status(self.folder, "running")
         try:
             for step in range(start + 1, self.options.steps + 1):
-                loss, seconds = self._step(batches, step, measure=step == start + 1)
-                rate = self.read.manifest.tokens(self.read.plan) / seconds
+                loss, clock = self._step(batches, step, measure=step == start + 1)
+                rate = self.read.manifest.tokens(self.read.plan) / clock.total
                 if metrics is not None and progress is not None:
                     scaled = {"loss_scale": self.engine.scale.value} if self.engine.scale else {}
                     metrics.add(
-                        step=step, loss=loss, tokens_per_second=rate, step_seconds=seconds, peak_bytes=self.meter.peak,
-                        **scaled,
+                        step=step, loss=loss, tokens_per_second=rate, step_seconds=clock.total, peak_bytes=self.meter.peak,
+                        **clock.parts(), **scaled,
                     )  # fmt: skip
                     progress.step(loss, rate)
                 interrupted = self.world.sum(float(self.stop.asked))[0] > 0
@@ -173,17 +200,18 @@ class Run:
         every = self.options.checkpoint_every
         return every > 0 and step % every == 0
 
-    def _step(self, batches: Batches, step: int, *, measure: bool) -> tuple[float, float]:
+    def _step(self, batches: Batches, step: int, *, measure: bool) -> tuple[float, Clock]:
         """One step: loss and seconds. The first of a run is measured for memory, which makes it slow."""
-        begin = time.perf_counter()
+        clock = Clock()
         batch = batches.batch(step - 1)
-        if measure:
-            with self.meter.first_step(alive(self.engine)):
-                loss = self.engine.step(batch)
-            self.meter.read()
-        else:
+        clock.read("data")
+        with self.meter.first_step(alive(self.engine)) if measure else contextlib.nullcontext():
             loss = self.engine.step(batch)
-        return loss, time.perf_counter() - begin
+        clock.read("passes")
+        clock.move("passes", "update", self.engine.update_seconds)
+        if measure:
+            self.meter.read()
+        return loss, clock
 
     def _finish(self, lines: list[dict], own: int) -> None:
         peaks = self.world.everyone(self.meter.peak)

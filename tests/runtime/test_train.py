@@ -79,7 +79,9 @@ def whole(tmp_path_factory) -> Path:
 def test_a_run_leaves_metrics_summary_and_checkpoints(whole):
     lines = metrics(whole)
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
-    assert set(lines[0]) == {"step", "loss", "tokens_per_second", "step_seconds", "peak_bytes"}
+    parts = {"data_seconds", "passes_seconds", "update_seconds"}
+    assert set(lines[0]) == {"step", "loss", "tokens_per_second", "step_seconds", "peak_bytes"} | parts
+    assert sum(lines[1][part] for part in parts) == pytest.approx(lines[1]["step_seconds"])
     assert lines[0]["peak_bytes"] > 3 * 8 * sum(p.numel() for p in reference().parameters()) // 2  # sharded over 2
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["measured"]["step_seconds"] > 0
