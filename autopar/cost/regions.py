@@ -33,6 +33,8 @@ from autopar.sharding.redistribute import grad_placement, moves
 from autopar.sharding.strategy import Strategy
 
 RECOMPUTE = ("none", "selective", "full")
+CUSTOM = "custom_"
+"""What names of selections begin with: ``custom_1`` keeps most."""
 
 
 class Placed(Protocol):
@@ -58,9 +60,9 @@ class Region:
     """One part, once forward and backward for one micro-batch on one device.
 
     Seconds: ``forward``, ``backward_input``, ``backward_weight`` of compute; ``forward_talk`` and ``backward_talk`` of
-    collectives over tp. By recompute (none, selective, full): ``saved``, bytes held from forward to backward;
-    ``again`` and ``again_talk``, seconds of computing and of collectives once more; ``working``, bytes at the peak
-    while the part runs, beside what is saved.
+    collectives over tp. By recompute (none, selective, full, and selections of a block): ``saved``, bytes held from
+    forward to backward; ``again`` and ``again_talk``, seconds of computing and of collectives once more; ``working``,
+    bytes at the peak while the part runs, beside what is saved.
     """
 
     forward: float = 0.0
@@ -68,10 +70,10 @@ class Region:
     backward_weight: float = 0.0
     forward_talk: float = 0.0
     backward_talk: float = 0.0
-    saved: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    again: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    again_talk: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    working: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    saved: tuple[float, ...] = (0.0, 0.0, 0.0)
+    again: tuple[float, ...] = (0.0, 0.0, 0.0)
+    again_talk: tuple[float, ...] = (0.0, 0.0, 0.0)
+    working: tuple[float, ...] = (0.0, 0.0, 0.0)
 
 
 class Measure:

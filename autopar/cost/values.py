@@ -140,10 +140,13 @@ def _is_view(node: fx.Node, given: list[Value]) -> bool:
 
 def heads_back(node: fx.Node) -> bool:
     """Whether a value is a fused attention's output with heads and sequence swapped back. Kernels lay their output out like
-    the queries, so that this is contiguous; traced on the meta device it does not look so."""
-    while node.op == "call_function" and op_name(node) in ("reshape", "contiguous", "view", "transpose"):
+    the queries, so that this is contiguous where those were swapped, too; traced on the meta device it does not look so."""
+    while node.op == "call_function" and op_name(node) in ("reshape", "contiguous", "view", "transpose", "permute"):
         node = reads(node)[0][0]
-    return node.op == "call_function" and "attention" in op_name(node)
+    if node.op != "call_function" or "attention" not in op_name(node):
+        return False
+    query = tensor(reads(node)[0])
+    return query.dim() != 4 or query.shape[1] == 1 or query.stride(1) < query.stride(2)
 
 
 def shares(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -75,6 +75,7 @@ class Program:
     initial: dict[str, Initial] = field(default_factory=dict)  # parameters that passes added → their first values
     adapters: list[Adapter] = field(default_factory=list)  # what PEFT passes train, in order
     precision: dict[str, str] | None = None  # compute, master, frozen, reduce → dtype names, set by a pass
+    recompute: tuple[str, ...] | None = None  # groups and globs of what may run again, set by a pass; None: everything
     respecialize: Callable[[Program, dict[str, int]], Program] | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what was computed of it; not cloned
 

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from autopar.errors import PlanError
 from autopar.ir.attention import Core, cores
 from autopar.lower.code import Body, Names, Writer, indent
-from autopar.lower.declare import declaration
+from autopar.lower.declare import TAKEN, declaration
+from autopar.lower.parts import PartsWriter
+from autopar.plan.plan import Selected
 
 if TYPE_CHECKING:
     from autopar.lower.stagecode import StageWriter
@@ -27,6 +30,9 @@ class BlockWriter:
         self.places = [n for n in self.graph.nodes if n.op == "placeholder"]
         recompute = {r for c, r in zip(owner.stage.calls, owner.recompute, strict=True) if c.target == name}
         self.full, self.selective = "full" in recompute, "selective" in recompute
+        self.whole = bool(recompute & {"none", "selective", "full"})  # whether some instance runs the body as it is
+        self.custom = sorted(recompute - {"none", "selective", "full"})
+        self.taken = {*self.attributes.values(), *self.custom}
 
     def source(self) -> str:
         count = sum(c.target == self.name for c in self.owner.stage.calls)
@@ -38,14 +44,44 @@ class BlockWriter:
         lines += [f"        {d}" for d in self.declarations()]
         names, arguments_ = self.names()
         given = ", ".join(arguments_)
-        entry = "body" if self.full else "forward"
-        if self.full:
-            lines += ["", f"    def forward(self, {given}):", '        if self.recompute == "full":']
-            lines += [f"            return checkpoint(self.body, {given}, use_reentrant=False)"]
-            lines += [f"        return self.body({given})"]
-        body, methods = self.body(names)
-        lines += ["", f"    def {entry}(self, {given}):", indent(body.lines, 8), *methods]
+        entry = "body" if self.full or self.custom else "forward"
+        if entry == "body":
+            lines += ["", f"    def forward(self, {given}):", *self.dispatch(given)]
+        if self.whole:
+            body, methods = self.body(names)
+            lines += ["", f"    def {entry}(self, {given}):", indent(body.lines, 8), *methods]
+        for mode in self.custom:
+            lines += PartsWriter(self, mode, self.selected(mode)).source()
         return "\n".join(lines)
+
+    def dispatch(self, given: str) -> list[str]:
+        """Which method an instance runs."""
+        lines = []
+        if self.full:
+            lines += ['        if self.recompute == "full":']
+            lines += [f"            return checkpoint(self.body, {given}, use_reentrant=False)"]
+        modes = self.custom if self.whole else self.custom[:-1]
+        for mode in modes:
+            lines += [f'        if self.recompute == "{mode}":', f"            return self.{mode}({given})"]
+        last = "body" if self.whole else self.custom[-1]
+        return [*lines, f"        return self.{last}({given})"]
+
+    def selected(self, mode: str) -> Selected:
+        known = self.owner.plan.recompute_groups.get(self.name, {})
+        if mode not in known:
+            raise PlanError(f"the plan recomputes {mode} of {self.name}, and does not say what that is")
+        return known[mode]
+
+    def method(self, wish: str) -> str:
+        """A name for another method."""
+        wish = "".join(c if c.isalnum() else "_" for c in wish)
+        wish = wish if wish.isidentifier() else f"part_{wish}"
+        name, count = wish, 1
+        while name in self.taken or name in TAKEN:
+            count += 1
+            name = f"{wish}_{count}"
+        self.taken.add(name)
+        return name
 
     def declarations(self) -> list[str]:
         found = []

@@ -15,7 +15,7 @@ import torch
 from autopar.errors import PlanError
 from autopar.ir import adapters
 from autopar.ir.program import Program
-from autopar.lower import collectives
+from autopar.lower import collectives, recompute
 from autopar.lower.emit import emit
 from autopar.lower.launching import launching
 from autopar.plan.plan import PlanDocument
@@ -67,6 +67,8 @@ def build(
         for stage in stages:
             (part / "stages" / f"{stage.name}.py").write_text(stage.source)
         (part / "collectives.py").write_text(inspect.getsource(collectives))
+        if document.plan.recompute_groups:
+            (part / "recompute.py").write_text(inspect.getsource(recompute))
         ranks = document.plan.mesh.devices
         (part / "train.py").write_text(TRAIN.format(ranks=ranks))
         (part / "plan.json").write_text(document.model_dump_json(indent=1) + "\n")

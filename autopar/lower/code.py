@@ -26,6 +26,8 @@ RESERVED = {
     "F",
     "aten",
     "checkpoint",
+    "again",
+    "Again",
     "kernels",
     "tp",
     "device",

@@ -80,11 +80,13 @@ class StageWriter:
             "import torch.nn.functional as F",
             "from torch import nn",
         ]
-        if any(r != "none" for r in self.recompute):
+        if any(r in ("selective", "full") for r in self.recompute):
             lines.append("from torch.utils.checkpoint import checkpoint")
         functions = sorted(set().union(*[b.functions for b in self.bodies]))
         if functions:
             lines += ["", f"from collectives import {', '.join(functions)}"]
+        if any("again.part(" in line for b in self.bodies for line in b.lines):
+            lines += ([] if functions else [""]) + ["from recompute import Again"]
         if any("kernels." in line for b in self.bodies for line in b.lines):
             lines += ["", "from autopar import kernels"]
         for module, cls in sorted(set().union(*[b.classes for b in self.bodies])):

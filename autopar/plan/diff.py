@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autopar.plan.names import starred
-from autopar.plan.plan import PlanDocument
+from autopar.plan.plan import PlanDocument, counted
 from autopar.spec.quantity import show_bytes, show_seconds
 
 LISTED = 20  # placements that differ are listed, so many families at most
@@ -26,7 +26,7 @@ Row = tuple[str, str, str, str]
 def _facts(document: PlanDocument) -> dict[str, object]:
     plan = document.plan
     kinds = [kind for stage in plan.stages for kind in stage.recompute]
-    again = ", ".join(f"{kinds.count(k)} {k}" for k in ("selective", "full") if k in kinds)
+    again = ", ".join(f"{count} {kind}" for kind, count in counted(kinds).items())
     return {
         "model": document.title or f"{document.model.parameters:,}",
         "cluster": document.cluster or "–",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-Recompute = Literal["none", "selective", "full"]
+KINDS = ("none", "selective", "full")
+Recompute = Annotated[str, Field(pattern=r"^(none|selective|full|custom_[1-9][0-9]*)$")]
+"""What of a block runs again in the backward pass: nothing, the attention core, all, or a selection the plan describes."""
 VERSION = "1"
 
 
@@ -98,7 +101,9 @@ class Stage(Frozen):
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """In JSON ``recompute`` counts the blocks of each kind, ``recompute_each`` names every block's."""
-        counts = {kind: self.recompute.count(kind) for kind in get_args(Recompute)}
+        counts = {kind: self.recompute.count(kind) for kind in KINDS}
+        custom = sum(r not in KINDS for r in self.recompute)
+        counts |= {"custom": custom} if custom else {}
         return {**handler(self), "recompute": counts, "recompute_each": list(self.recompute)}
 
     @model_validator(mode="before")
@@ -118,12 +123,32 @@ class Host(Frozen):
     devices: tuple[int, ...]
 
 
+def counted(kinds: Iterable[str]) -> dict[str, int]:
+    """How many blocks are recomputed each way; those that are not are left out, selections are ``in part``."""
+    found = ["in part" if kind not in KINDS else kind for kind in kinds]
+    return {kind: found.count(kind) for kind in ("selective", "in part", "full") if kind in found}
+
+
 class Choice(Frozen):
     """The strategy of one node: placements in the text form of `autopar.sharding.placement`."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     special: str = ""
+
+
+class Selected(Frozen):
+    """A selection of what a block keeps and what it makes again, of one micro-batch on one device.
+
+    ``again``: operators of the block's graph that run again; ``x>R``: the collective that brings x to R. ``saved``: the
+    tensors kept, named alike. ``groups``: what the operators are, for people.
+    """
+
+    again: tuple[str, ...]
+    saved: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    saved_bytes: int = 0
+    seconds: float = 0.0
 
 
 class Plan(Frozen):
@@ -141,6 +166,16 @@ class Plan(Frozen):
     placements: dict[str, str] = {}  # parameter → "S(0)@tp" or "R"
     unsplit: tuple[str, ...] = ()  # operators without a rule, replicated along tp
     hosts: tuple[Host, ...] = ()  # in the order of the ranks, where hosts are unlike; empty: any order
+    recompute_groups: dict[str, dict[str, Selected]] = {}  # block → ``custom_1`` … → what of it is made again
+
+    @model_validator(mode="after")
+    def _describes_what_it_recomputes(self) -> Plan:
+        known = {mode for selections in self.recompute_groups.values() for mode in selections}
+        for stage in self.stages:
+            for mode in stage.recompute:
+                if mode not in KINDS and mode not in known:
+                    raise ValueError(f"recompute {mode} is not described in recompute_groups")
+        return self
 
     @model_validator(mode="after")
     def _shards_something(self) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from autopar.plan.plan import Cost, Plan, PlanDocument, RunnerUp, Stage
+from autopar.plan.plan import Cost, Plan, PlanDocument, RunnerUp, Stage, counted
 from autopar.spec.quantity import show_bytes, show_seconds
 
 
@@ -15,6 +15,7 @@ def summary(document: PlanDocument, title: str = "") -> str:
     lines = [line for part in parts for line in part]
     lines += [f"binding        {text}" for text in document.binding]
     lines += list(_stages(document.plan))
+    lines += list(_selections(document.plan))
     lines += list(groups_of(document.plan))
     lines += [f"not used       {text}" for text in document.unused]
     if document.plan.unsplit:
@@ -107,8 +108,19 @@ def _alike(stage: Stage) -> tuple[object, ...]:
 
 
 def _recompute(stage: Stage) -> str:
-    counts = {kind: stage.recompute.count(kind) for kind in ("selective", "full") if kind in stage.recompute}
-    return "recompute " + (", ".join(f"{kind} in {count}" for kind, count in counts.items()) or "none")
+    return "recompute " + (
+        ", ".join(f"{kind} in {count}" for kind, count in counted(stage.recompute).items()) or "none"
+    )
+
+
+def _selections(plan: Plan) -> Iterator[str]:
+    """What the blocks that are recomputed in part keep and make again."""
+    for block, selections in plan.recompute_groups.items():
+        for name, made in selections.items():
+            blocks = sum(stage.recompute.count(name) for stage in plan.stages)
+            again = f"{len(made.again)} operators again ({', '.join(made.groups)})"
+            kept = f"keeps {show_bytes(made.saved_bytes)} a micro-batch, {show_seconds(made.seconds)} for it"
+            yield f"{name:<14} {block}, {blocks} blocks: {again}; {kept}"
 
 
 def _runner_up(place: int, other: RunnerUp, best: Cost) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from autopar.cost import collective
 from autopar.cost.compute import model_flops
 from autopar.cost.regions import Measure, Prices, Region, needs_reduction
+from autopar.cost.saving import Selection
 from autopar.cost.values import Value, flows, is_view, local_numel, parameter, reads, stored, tensor, tensors, value
 from autopar.ir.program import OUTER, Program
 from autopar.sharding.redistribute import grad_placement, moves
 from autopar.solve.assignment import Assignment, placeholders
+from autopar.solve.saving import recomputing
 
 SHARED = -2
 BEFORE = -1
@@ -41,7 +44,9 @@ class Profile:
 
     ``kinds[i]`` is the block of call i; ``regions`` and ``holds`` are of each distinct block; ``outer[k]`` is what runs at a
     position of the outer graph, ``loose`` the parameters read there with the positions that read them; ``cuts[i]`` is
-    the bytes sent from call i to call i + 1; ``shared_bytes`` what every stage keeps of masks and tables.
+    the bytes sent from call i to call i + 1; ``shared_bytes`` what every stage keeps of masks and tables. ``selections``: of
+    each distinct block, what may be made again beside the attention core and all; its region has their bytes and seconds
+    behind those of none, selective and full.
     """
 
     kinds: tuple[str, ...]
@@ -52,22 +57,24 @@ class Profile:
     cuts: tuple[float, ...]
     shared_bytes: float
     flops: float
+    selections: dict[str, tuple[Selection, ...]] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
         return len(self.kinds)
 
 
-def profile(program: Program, assignment: Assignment, prices: Prices) -> Profile:
-    """Measure every distinct block once, and the outer graph in its parts."""
+def profile(
+    program: Program, assignment: Assignment, prices: Prices, given: Mapping[str, tuple[Selection, ...]] | None = None
+) -> Profile:
+    """Measure every distinct block once, and the outer graph in its parts. ``given``: the selections of recompute to
+    price, instead of the best ones."""
     calls = program.calls()
     where = positions(program)
-    given = common(program)
-    regions = {}
+    shared, measured = common(program), {}
     for name, graph in program.blocks.items():
-        regions[name] = Measure(
-            program, name, list(graph.nodes), assignment, prices, given.get(name, frozenset())
-        ).region()
+        measured[name] = Measure(program, name, list(graph.nodes), assignment, prices, shared.get(name, frozenset()))
+    regions, selections = recomputing(measured, given)
     outer = {}
     for k in sorted({p for p in where.values()}):
         nodes = [n for n in program.graph.nodes if where.get(n) == k]
@@ -86,6 +93,7 @@ def profile(program: Program, assignment: Assignment, prices: Prices) -> Profile
         cuts=cuts(program, assignment, where, prices),
         shared_bytes=shared_bytes(program, assignment, where, prices),
         flops=total_flops(program),
+        selections=selections,
     )
 
 

@@ -14,6 +14,7 @@ from autopar.cluster import AxisLink, Cluster, Device
 from autopar.cluster.layout import Layout, Layouts, Share
 from autopar.cost.memory import states
 from autopar.cost.regions import Prices
+from autopar.cost.saving import Selection
 from autopar.ir.program import Program
 from autopar.plan.plan import MeshShape
 from autopar.solve.assignment import Assignment
@@ -43,6 +44,14 @@ class Kind(Source):
 
     def assignment(self, tp: int, variant: str) -> Assignment:
         return self.lead.assignment(tp, variant)
+
+    @property
+    def adopted(self) -> bool:
+        return self.lead.adopted
+
+    def given(self, tp: int, variant: str, batch: int) -> dict[str, tuple[Selection, ...]] | None:
+        """What of a block runs again is one choice for all devices, too."""
+        return self.lead.profile_of(tp, variant, batch).selections
 
     def decisive(self, tp: int) -> tuple[Any, ...]:
         return (*self.lead.decisive(tp), priced(self.prices(tp)))

@@ -16,6 +16,7 @@ from autopar.solve.fleet import Fleet, Grid
 from autopar.solve.mixing import whole_batches
 from autopar.solve.outcome import Outcome
 from autopar.solve.prepare import setting_of
+from autopar.solve.saving import check_pin
 from autopar.solve.search import CLOSE, COMPARING, Search, candidate_of, outcome_of
 from autopar.solve.space import check_batch, no_schedule
 from autopar.spec.job import Job
@@ -49,6 +50,8 @@ def fleet_of(program: Program | Callable[[int], Program], cluster: Cluster, job:
         raise PlanError("the job has no batch; give its sequences and length")
     if job.pins.cp not in (None, 1):
         raise PlanError(f"cp={job.pins.cp}: context parallelism is not available; leave cp at 1")
+    if isinstance(program, Program):
+        check_pin(program, job.pins.recompute)
     return Fleet(program, cluster, setting_of(program, cluster, job), job)
 
 

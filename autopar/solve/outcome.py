@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
-from autopar.cost.regions import RECOMPUTE
 from autopar.cost.timeline import Timeline, simulate, stage_counts
 from autopar.plan.plan import Bytes
 from autopar.solve.pipeline import Array, Candidate, once_a_step
-from autopar.solve.stages import Cutter
+from autopar.solve.stages import Cutter, chained, mode_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Outcome:
     slowest: int
     fullest: int
     timeline: Timeline
+
+
+FEW = 3  # blocks of a device for which all choices of recompute are tried
+
+
+@lru_cache(maxsize=64)
+def choices(modes: int, blocks: int) -> Array:
+    """Every choice of a mode for each block."""
+    return np.array(list(itertools.product(range(modes), repeat=blocks)), int).reshape(-1, blocks)
 
 
 Refusal = Literal["slow", "full"]
@@ -88,7 +98,8 @@ def devices(cutter: Cutter, spans: list[tuple[int, int]]) -> list[Device]:
 class Device:
     """The stages of one device along pp, and what recompute of their blocks spares.
 
-    A choice of recompute is an array with the mode (0 none, 1 selective, 2 full) of each of the device's blocks.
+    A choice of recompute is an array with the mode (0 none, 1 selective, 2 full, 3 … the selections) of each of the
+    device's blocks.
     """
 
     def __init__(self, cutter: Cutter, spans: list[tuple[int, int]], stages: list[int]) -> None:
@@ -131,21 +142,44 @@ class Device:
         return self.total(modes) > self.cutter.setting.limit
 
     def least(self) -> Array | None:
-        """The modes that fit with the least time of recomputing: none; few blocks selectively, or fully; or all selectively
-        and few fully. None if nothing fits; the pinned mode where there is one."""
+        """The modes that fit with the least time of recomputing: none; few blocks selectively, or fully; all selectively
+        and few fully; all at one selection and few at the next. None if nothing fits; the pinned mode where there is one."""
         pinned = self.cutter.setting.recompute
         none = np.zeros(len(self.index), int)
         if pinned is not None:
-            none += RECOMPUTE.index(pinned)
+            none += mode_of(pinned, len(self.saved))
             return None if self.lacks(none) else none
         if not self.lacks(none):
             return none
-        found = []
-        for start, to in ((0, 1), (0, 2), (1, 2)):
-            modes = self.grown(start, to)
-            if modes is not None:
-                found.append((float(self.seconds[modes, np.arange(len(modes))].sum()), len(found), modes))
-        return min(found, key=lambda t: t[:2])[2] if found else None
+        found = [
+            m for start, to in ((0, 1), (0, 2), (1, 2), *self.neighbours()) if (m := self.grown(start, to)) is not None
+        ]
+        if len(self.index) <= FEW:
+            found += self.tried()
+        return min(found, key=self.again) if found else None
+
+    def again(self, modes: Array) -> float:
+        """Seconds of recomputing a micro-batch."""
+        return float(self.seconds[modes, np.arange(len(modes))].sum())
+
+    def tried(self) -> list[Array]:
+        """Of all choices for a few blocks that fit, the one with the least seconds."""
+        every, blocks = choices(len(self.saved), len(self.index)), np.arange(len(self.index))
+        held = self.moments @ (self.member @ self.saved[every, blocks].T + self.beside[:, None])
+        works = np.maximum(self.outside, self.working[every, blocks].max(1, initial=0.0))
+        fits = every[self.base + self.gathered + works + held.max(0) <= self.cutter.setting.limit]
+        order = np.argsort(self.seconds[fits, blocks].sum(1), kind="stable")
+        return [m for m in fits[order[:1]] if not self.lacks(m)]
+
+    def neighbours(self) -> list[tuple[int, int]]:
+        """The two selections (or none, or full) between which all blocks just fit."""
+        chain = chained(len(self.saved))
+        every = np.zeros(len(self.index), int)
+        low, high = 1, len(chain) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.lacks(every + chain[middle]) else (low, middle)
+        return [(chain[low - 1], chain[low])] if len(chain) > 2 else []
 
     def grown(self, start: int, to: int) -> Array | None:
         """As few blocks as possible from mode ``start`` to ``to``, the cheapest a byte first; None if all do not suffice."""

@@ -57,8 +57,8 @@ class Setting:
 class Blocks:
     """Per block call (index last) the seconds and bytes of a candidate; times include what shows of ZeRO's traffic.
 
-    ``saved``, ``again`` and ``working`` have a row for each of none, selective, full. ``first``, ``last``, ``every`` are
-    what the first stage, the last stage, and every stage have beside their blocks.
+    ``saved``, ``again`` and ``working`` have a row for each of none, selective, full, and the blocks' selections. ``first``,
+    ``last``, ``every`` are what the first stage, the last stage, and every stage have beside their blocks.
     """
 
     forward: Array
@@ -86,18 +86,19 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     regions = [profile.regions[k] for k in profile.kinds]
     holds = [profile.holds[k] for k in profile.kinds]
     between = {k: r for k, r in profile.outer.items() if 0 <= k < n}
+    modes = max((len(r.saved) for r in regions), default=3)
     dp, link = candidate.mesh.dp, setting.cluster.axis_link(candidate.mesh.within, "dp")
     p, zero = setting.precision, candidate.zero
 
     def row(pick):  # noqa: ANN001, ANN202 - a number of a region
         return np.array([pick(r) + (pick(between[i]) if i in between else 0.0) for i, r in enumerate(regions)], float)
 
-    def level(pick):  # noqa: ANN001, ANN202 - three rows, those between always at "none"
+    def level(pick):  # noqa: ANN001, ANN202 - a row for each mode, those between always at "none"
         rows = [
             [pick(r)[mode] + (pick(between[i])[0] if i in between else 0.0) for i, r in enumerate(regions)]
-            for mode in range(3)
+            for mode in range(modes)
         ]  # noqa: E501
-        return np.array(rows, float).reshape(3, n)
+        return np.array(rows, float).reshape(modes, n)
 
     forward = row(lambda r: r.forward + r.forward_talk)
     backward = row(lambda r: r.backward_input + r.backward_weight + r.backward_talk)
@@ -116,10 +117,10 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     working = np.array(
         [
             [max(r.working[m], between[i].working[0] if i in between else 0.0) for i, r in enumerate(regions)]
-            for m in range(3)
+            for m in range(modes)
         ],
         float,
-    ).reshape(3, n)  # noqa: E501
+    ).reshape(modes, n)  # noqa: E501
     last = profile.outer.get(n, Region()) if n else Region()
     return Blocks(
         forward=forward + extra_f,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from autopar.cluster import Cluster
 from autopar.cost.memory import states
 from autopar.cost.precision import Precision
 from autopar.cost.regions import Prices, Region
+from autopar.cost.saving import Selection
 from autopar.errors import PlanError
 from autopar.ir.program import Program
 from autopar.plan.plan import MeshShape, Plan
@@ -21,6 +23,7 @@ from autopar.solve.blocks import BEFORE, Held, Profile, profile
 from autopar.solve.formulation import assign
 from autopar.solve.outcome import Outcome, Refusal, settle
 from autopar.solve.pipeline import Blocks, Candidate, Setting, blocks
+from autopar.solve.saving import adopted
 from autopar.solve.space import divisors
 from autopar.solve.stages import Cutter, sharding_of, walk
 from autopar.spec.job import Job
@@ -68,6 +71,7 @@ class Source:
         self.cuts: dict[tuple, tuple[float, list[tuple[int, int]]]] = {}
         self.rows: dict[tuple[int, str, int], tuple[list[float], float, float]] = {}
         self.ready: dict[tuple, Blocks] = {}
+        self.selections: dict[str, tuple[Selection, ...]] | None = None  # a given plan's own
         self.least_batch = job.pins.microbatch or 1
         self.calls = len(self.static(self.least_batch).calls())
 
@@ -133,6 +137,8 @@ class Source:
 
     def adopt(self, plan: Plan) -> str:
         """The variant of a given plan's own choices."""
+        if plan.recompute_groups:
+            self.selections = adopted(plan.recompute_groups)
         if plan.mesh.tp == 1 or not plan.choices:
             return SPLIT
         self.assignments[plan.mesh.tp, GIVEN] = from_choices(plan.mesh.tp, plan.choices)
@@ -145,10 +151,23 @@ class Source:
         key = (tp, variant, batch)
         if key not in self.profiles:
             prices = self.prices(tp)
-            make = lambda: profile(self.static(batch), self.assignment(tp, variant), prices)  # noqa: E731
-            whole = (*key, *self.decisive(tp))
-            self.profiles[key] = make() if variant == GIVEN else self.remembered("profile", whole, make)
+            make = partial(self.measured, tp, variant, batch, prices)
+            whole, own = (*key, *self.decisive(tp)), variant == GIVEN or self.adopted
+            self.profiles[key] = make() if own else self.remembered("profile", whole, make)
         return self.profiles[key]
+
+    def measured(self, tp: int, variant: str, batch: int, prices: Prices) -> Profile:
+        given = self.given(tp, variant, batch)
+        return profile(self.static(batch), self.assignment(tp, variant), prices, given)
+
+    @property
+    def adopted(self) -> bool:
+        """Whether selections are a given plan's own."""
+        return self.selections is not None
+
+    def given(self, tp: int, variant: str, batch: int) -> dict[str, tuple[Selection, ...]] | None:
+        """Selections that are not to be looked for."""
+        return self.selections
 
     # ---------------------------------------------------------------- lower bounds
 
@@ -282,7 +301,7 @@ def totals(made: Profile) -> Totals:
     for h, _ in made.loose:
         held = held + h
     blocks = [taken(made.regions[k]) for k in made.kinds]
-    saved = sum(r.saved[2] for r in regions)
+    saved = sum(min(r.saved) for r in regions)
     alone = [r.saved[0] + r.working[0] for r in made.outer.values()]
     alone += [min(s + w for s, w in zip(r.saved, r.working, strict=True)) for r in made.regions.values()]
     return Totals(sum(map(taken, regions)), min(blocks, default=0.0), held, saved, max(alone, default=0.0))

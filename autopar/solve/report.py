@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autopar.cost.regions import RECOMPUTE
 from autopar.cost.values import dims, flows, tensor, tensors
 from autopar.ir.program import Program
 from autopar.plan.nodes import node_facts
@@ -23,6 +22,7 @@ from autopar.solve.assignment import Assignment, placeholders
 from autopar.solve.outcome import Outcome
 from autopar.solve.pipeline import Setting
 from autopar.solve.prepare import Source
+from autopar.solve.selections import Selections
 from autopar.spec.job import Batch
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def facts(program: Program, flops: float) -> ModelFacts:
 
 
 def plan(program: Program, best: Outcome, assignment: Assignment, source: Source | Fleet) -> Plan:
-    c = best.candidate
+    c, profile = best.candidate, source.profile(best.candidate)
+    kinds, described = profile.kinds, Selections(profile)
     places = [source.place(c, s % c.mesh.pp) for s in range(len(best.parts))]
     return Plan(
         mesh=c.mesh,
@@ -93,7 +94,9 @@ def plan(program: Program, best: Outcome, assignment: Assignment, source: Source
         stages=tuple(
             Stage(
                 blocks=(p.blocks[0], p.blocks[1] - 1),
-                recompute=tuple(RECOMPUTE[m] for m in p.recompute),  # type: ignore[misc]
+                recompute=tuple(
+                    described(kind, m) for kind, m in zip(kinds[slice(*p.blocks)], p.recompute, strict=True)
+                ),
                 peak_bytes=round(peak),
                 seconds=Seconds(forward=p.forward, backward=p.backward),
                 device=places[s][0],
@@ -105,6 +108,7 @@ def plan(program: Program, best: Outcome, assignment: Assignment, source: Source
         choices=assignment.choices(program),
         placements=assignment.placements(program),
         unsplit=assignment.unsplit,
+        recompute_groups=described.groups(program),
     )
 
 

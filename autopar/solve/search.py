@@ -17,7 +17,9 @@ from autopar.solve.mixing import whole_batches
 from autopar.solve.outcome import Outcome, outcome
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import Source, setting_of
+from autopar.solve.saving import check_pin
 from autopar.solve.space import candidates, check_batch, meshes, no_schedule
+from autopar.solve.stages import mode_of
 from autopar.spec.job import Batch, Job, Pins
 
 if TYPE_CHECKING:
@@ -131,6 +133,8 @@ def prepared(program: Program | Callable[[int], Program], cluster: Cluster, job:
     if job.batch is None:
         raise PlanError("the job has no batch; give its sequences and length")
     setting = setting_of(program, cluster, job)
+    if isinstance(program, Program):
+        check_pin(program, job.pins.recompute)
     return Source(program, cluster, setting, job), setting, job.batch
 
 
@@ -187,12 +191,10 @@ def candidate_of(plan: Plan, variant: str) -> Candidate:
 
 def outcome_of(source: Source | Fleet, plan: Plan, c: Candidate) -> Outcome:
     """What a candidate comes to with a plan's stages and recompute."""
-    from autopar.cost.regions import RECOMPUTE
-
     cutter = source.cutter(c)
     spans = [(s.blocks[0], s.blocks[1] + 1) for s in plan.stages]
     modes = [
-        tuple(RECOMPUTE.index(r) for r in s.recompute) or (0,) * (j - i)
+        tuple(mode_of(r, len(cutter.at(0).blocks.saved)) for r in s.recompute) or (0,) * (j - i)
         for s, (i, j) in zip(plan.stages, spans, strict=True)
     ]  # noqa: E501
     return outcome(cutter, spans, modes)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autopar.cluster import Cluster
-from autopar.cost.regions import RECOMPUTE
 from autopar.errors import PlanError
 from autopar.plan.plan import Bytes
 from autopar.solve.outcome import devices
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import Source
 from autopar.solve.space import candidates, meshes
-from autopar.solve.stages import walk
+from autopar.solve.stages import mode_name, mode_of, walk
 from autopar.spec.job import Batch, Job, Pins
 from autopar.spec.quantity import show_bytes
 
@@ -46,7 +45,8 @@ def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need
     n, stages = cutter.n, candidate.stages
     if stages > max(1, n) or candidate.virtual > 1:
         return None
-    modes = range(3) if setting.recompute is None else [RECOMPUTE.index(setting.recompute)]
+    count = len(cutter.at(0).blocks.saved)
+    modes = list(range(count)) if setting.recompute is None else [mode_of(setting.recompute, count)]
     legal = np.triu(np.ones((n + 1, n + 1), bool), 1 if n else 0)
     best, links = np.full(n + 1, np.inf), []
     best[0] = 0.0
@@ -55,7 +55,7 @@ def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need
         span = part.span(s)
         plain = part.held(s, span)
         held = [
-            plain - cutter.flight[s] * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0]
+            plain - cutter.flight[s] * (span.saved[0] - part.over(f"saved{k}")) + part.peak(k, span) - span.working[0]
             for k in modes
         ]
         share = np.minimum.reduce(held) / part.setting.limit
@@ -70,7 +70,7 @@ def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need
         options = [device.bytes([(k,) * (j - i) for i, j in spans]) for k in modes]
         which = min(range(len(options)), key=lambda i: options[i].total)
         limit = device.cutter.setting.limit
-        found.append((options[which].total / limit, -s, limit, options[which], RECOMPUTE[modes[which]]))
+        found.append((options[which].total / limit, -s, limit, options[which], mode_name(modes[which])))
     _, stage, limit, made, mode = max(found, key=lambda f: f[:2])
     return Need(float(made.total), limit, candidate, -stage, made, mode)
 

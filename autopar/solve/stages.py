@@ -8,18 +8,20 @@ micro-batch through all stages, and of the others through the longest stage:
     best[s, j] = min over i < j of  max( best[s-1, i], the s-term of the maximum in (1) for [i, j] )                        (2)
 
 ``again`` is the least time of recomputing that makes [i, j] fit the memory of stage s: blocks are recomputed selectively,
-fully, or all selectively and some fully, whichever is least (3). What does not fit is infinite. ``end``: once a step.
+fully, or all selectively and some fully, or all at one of the blocks' selections (`saving`) and some at the next, whichever
+is least (3). What does not fit is infinite. ``end``: once a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autopar.cost import collective
 from autopar.cost.memory import Sharding, States, states
-from autopar.cost.regions import RECOMPUTE, Region
+from autopar.cost.regions import CUSTOM, RECOMPUTE, Region
 from autopar.cost.timeline import in_flight, stage_counts
 from autopar.solve.blocks import BEFORE
 from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, once_a_step, travel
@@ -72,6 +74,7 @@ class Cutter:
         self.cells: dict[str, Array] = {}
         self.spans: dict[tuple[bool, bool], Span] = {}
         self.fixed_terms: dict[tuple[bool, bool], Array] = {}
+        self.rises: tuple[Array, Array, Array] | None = None
 
     def at(self, s: int) -> Cutter:
         """What knows stage s; where devices are unlike, each has its own."""
@@ -85,7 +88,7 @@ class Cutter:
         b = self.blocks
         found = {"forward": b.forward, "backward": b.backward, "talk": b.talk, "trained": b.trained, "frozen": b.frozen,
                  "partial": b.partial}  # fmt: skip
-        for mode in range(3):
+        for mode in range(len(b.saved)):
             found |= {
                 f"saved{mode}": b.saved[mode],
                 f"again{mode}": b.again[mode],
@@ -105,6 +108,8 @@ class Cutter:
         """Maxima over blocks i … j-1."""
         if at is not None:
             return row[at[0] : at[1]].max(initial=0.0)
+        if name not in self.cells and self.n and row.min() == row.max():
+            self.cells[name] = np.triu(np.full((self.n + 1, self.n + 1), row[0]), 1)
         if name not in self.cells:
             made = np.zeros((self.n + 1, self.n + 1))
             for i in range(self.n):
@@ -221,17 +226,51 @@ class Cutter:
         """(3): the least seconds of recomputing a micro-batch with which the stage fits ``limit``."""
         flight, need = self.flight[s], self.held(s, span) - limit
         if self.setting.recompute is not None:
-            k = RECOMPUTE.index(self.setting.recompute)
-            need = need - flight * (span.saved[0] - span.saved[k]) + span.working[k] - span.working[0]
-            return np.where(need <= 0, span.again[k], np.inf)
-        at = np.arange(self.n + 1)
-        count = np.maximum(at[None, :] - at[:, None], 1).astype(float)
-        spared = [flight * (span.saved[0] - span.saved[k]) for k in range(3)]
-        some = self.part(need + span.working[1] - span.working[0], spared[1], span.again[1], count)
-        full = self.part(need + span.working[2] - span.working[0], spared[2], span.again[2], count)
-        more = self.part(need + span.working[2] - span.working[0] - spared[1], spared[2] - spared[1],
-                         span.again[2] - span.again[1], count) + span.again[1]  # fmt: skip
-        return np.where(need <= 0, 0.0, np.minimum(np.minimum(some, full), more))
+            k = mode_of(self.setting.recompute, len(self.blocks.saved))
+            need = need - flight * (span.saved[0] - self.over(f"saved{k}")) + self.peak(k, span) - span.working[0]
+            return np.where(need <= 0, self.seconds(k), np.inf)
+        least = np.where(need <= 0, 0.0, np.inf)
+        at = np.nonzero(np.triu(need > 0, 1))
+        if len(at[0]):
+            least[at] = self.recomputed(at, need[at], flight, span)
+        return least
+
+    def recomputed(self, at: Sequence[Array], need: Array, flight: int, span: Span) -> Array:
+        """The same for some [i, j], which lack ``need`` bytes: few blocks selectively, or fully; all selectively and few
+        fully; all at one selection, the last with which they do not fit, and few at the next."""
+        count, every = (at[1] - at[0]).astype(float), np.arange(len(need))
+        spared, seconds, working = (rows[:, *at] for rows in self.levels())
+        spared, extra = flight * spared, np.maximum(working, span.outside[at]) - span.working[0][at]
+
+        def mixed(a: Array | int, b: Array | int) -> Array:
+            x, y = (a, every), (b, every)
+            short = need + extra[y] - spared[x]
+            return seconds[x] + self.part(short, spared[y] - spared[x], seconds[y] - seconds[x], count)
+
+        found = [mixed(0, 1), mixed(0, 2), mixed(1, 2)]
+        if len(spared) > 3:
+            chain = np.array(chained(len(spared)))
+            fits = need + extra[chain] - spared[chain] <= 0
+            to = np.maximum(np.argmax(fits, axis=0), 1)
+            found.append(np.where(fits.any(axis=0), mixed(chain[to - 1], chain[to]), np.inf))
+        return np.minimum.reduce(found)
+
+    def levels(self) -> tuple[Array, Array, Array]:
+        """For every mode and [i, j]: bytes spared of a micro-batch, seconds added, bytes at the peak of blocks."""
+        if self.rises is None:
+            modes = range(len(self.blocks.saved))
+            spared = np.stack([self.over("saved0") - self.over(f"saved{k}") for k in modes])
+            working = np.stack([self.most(f"working{k}", self.blocks.working[k]) for k in modes])
+            self.rises = spared, np.stack([self.seconds(k) for k in modes]), working
+        return self.rises
+
+    def seconds(self, mode: int) -> Array:
+        """Seconds that a mode adds to every [i, j]."""
+        return self.over(f"again{mode}") + self.over(f"again_talk{mode}")
+
+    def peak(self, mode: int, span: Span) -> Array:
+        """Bytes of a mode beside what is saved."""
+        return np.maximum(self.most(f"working{mode}", self.blocks.working[mode]), span.outside)
 
     @staticmethod
     def part(need: Array, spared: Array, seconds: Array, count: Array) -> Array:
@@ -288,6 +327,23 @@ class Cutter:
         if not np.isfinite(best[n]):
             return float("inf"), []
         return self.through() + (0.0 if spare else float(best[n])), walk(links, n)
+
+
+def chained(modes: int) -> tuple[int, ...]:
+    """Modes in the order of what they keep, each kept part of the next but for the attention core: none, selections, full."""
+    return (0, *range(3, modes), 2)
+
+
+def mode_of(name: str, modes: int) -> int:
+    """The row of a mode; of a selection that the blocks do not have, the last they have."""
+    if name in RECOMPUTE:
+        return RECOMPUTE.index(name)
+    number = int(name.removeprefix(CUSTOM))
+    return min(2 + number, modes - 1) if modes > 3 else 0
+
+
+def mode_name(mode: int) -> str:
+    return RECOMPUTE[mode] if mode < len(RECOMPUTE) else f"{CUSTOM}{mode - 2}"
 
 
 def total(region: Region) -> float:

@@ -84,7 +84,9 @@ class Pins(Spec):
     schedule: Schedule | None = None
     virtual_stages: Count | None = None
     sequence_parallel: Flag | None = None
-    recompute: Literal["none", "selective", "full"] | None = None
+    recompute: (
+        Literal["none", "selective", "full", "custom_1", "custom_2", "custom_3", "custom_4", "custom_5"] | None
+    ) = None
     placements: dict[str, Placed] | None = None
 
     @model_validator(mode="before")

@@ -72,8 +72,12 @@ def test_the_search_finds_what_trying_everything_finds(name: str) -> None:
             cutter = fleet.cutter(c)
             for cut in itertools.combinations(range(1, 3), c.stages - 1):
                 spans = list(itertools.pairwise((0, *cut, 3)))
-                for modes in itertools.product(range(3), repeat=3):
-                    tried = outcome(cutter, spans, [tuple(modes[i:j]) for i, j in spans])  # type: ignore[arg-type]
+                kinds = range(
+                    len(cutter.at(0).blocks.saved)
+                )  # of blocks that are alike, only how many are of each counts
+                each = [itertools.combinations_with_replacement(kinds, j - i) for i, j in spans]
+                for modes in itertools.product(*each):
+                    tried = outcome(cutter, spans, list(modes))  # type: ignore[arg-type]
                     if all(h.total <= limit for h, limit in zip(tried.held, tried.limits, strict=True)):
                         best = min(best, tried.seconds)
                         assert fleet.least(c) <= tried.seconds * (1 + 1e-9), "a lower bound is one"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autopar.plan.page.html import Child, Markup, tag
-from autopar.plan.plan import Plan, PlanDocument
+from autopar.plan.plan import Plan, PlanDocument, counted
 from autopar.plan.text import zero_of
 from autopar.spec.quantity import show_bytes, show_seconds
 
@@ -35,7 +35,7 @@ def chips(plan: Plan) -> list[Child]:
     """Mesh, ZeRO, schedule and batch in a few words each."""
     mesh = [f"{axis} {degree}" for axis, degree in plan.mesh.degrees.items()]
     virtual = f" × {plan.virtual_stages} virtual stages" if plan.virtual_stages > 1 else ""
-    again = [kind for kind in ("selective", "full") if any(kind in s.recompute for s in plan.stages)]
+    again = counted(kind for s in plan.stages for kind in s.recompute)
     return [
         [tag("b", "mesh"), " · ".join(mesh)],
         [tag("b", "ZeRO"), zero_of(plan).removeprefix("ZeRO ")],

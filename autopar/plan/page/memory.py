@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autopar.plan.page.html import Markup, legend, section, tag
-from autopar.plan.plan import Bytes, Plan, PlanDocument, Stage
+from autopar.plan.plan import Bytes, Plan, PlanDocument, Stage, counted
 from autopar.spec.quantity import show_bytes
 
 PARTS = tuple(Bytes.model_fields)  # parameters, gradients, optimizer, activations, transient
@@ -76,6 +76,6 @@ def _row(plan: Plan, rank: int, held: Bytes | None, top: int, limit: int, scale:
 
 
 def recompute_of(plan: Plan, rank: int) -> str:
-    kinds = [kind for s in stages_of(plan, rank) for kind in s.recompute]
-    counts = [f"{kind} in {kinds.count(kind)}" for kind in ("selective", "full") if kind in kinds]
+    kinds = counted(kind for s in stages_of(plan, rank) for kind in s.recompute)
+    counts = [f"{kind} in {count}" for kind, count in kinds.items()]
     return f"recompute {', '.join(counts)}" if counts else "no recompute"

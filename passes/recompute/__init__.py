@@ -1,0 +1,1 @@
+"""Passes that say what may be computed again in the backward pass."""
