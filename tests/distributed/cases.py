@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.proof import IDEAL_LINK, ignoring, prove_module
+from autopar.emulate import IDEAL_LINK
+from autopar.proof import ignoring, prove_module
 from autopar.spec.job import Job
 
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, vocab_size=251)

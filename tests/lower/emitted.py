@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from autopar.cluster.cluster import Cluster
+from autopar.emulate import IDEAL_LINK
 from autopar.ir.program import Program
 from autopar.lower import collectives, recompute
 from autopar.lower.emit import emit
 from autopar.plan.plan import PlanDocument
-from autopar.proof import IDEAL_LINK
 from autopar.solve.search import solve
 from autopar.spec.job import Job
 
