@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -177,6 +178,12 @@ def flows(node: fx.Node) -> Any:
     return any_ and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+@lru_cache(maxsize=4096)
+def spelled(expr: sympy.Expr) -> tuple[str, ...]:
+    """The symbols of an expression, by name; sympy takes long to spell one."""
+    return tuple(str(s) for s in expr.free_symbols)
+
+
 def dims_of(value: Any, names: dict[str, str], sizes: dict[str, int], symbolic: bool) -> Any:
     """For each dim the set of symbols its size depends on; for a fixed program, dims that have the sizes' values."""
     if isinstance(value, (tuple, list)):
@@ -185,7 +192,7 @@ def dims_of(value: Any, names: dict[str, str], sizes: dict[str, int], symbolic: 
         return ()
     if symbolic:
         return tuple(
-            frozenset(names[str(s)] for s in d.node.expr.free_symbols) if isinstance(d, torch.SymInt) else frozenset()
+            frozenset(names[s] for s in spelled(d.node.expr)) if isinstance(d, torch.SymInt) else frozenset()
             for d in value.shape
         )
     found = []

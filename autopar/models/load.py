@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from autopar.errors import SpecError
 from autopar.models.decoder import Decoder, decoder
@@ -15,6 +16,7 @@ from autopar.spec.model import DecoderSpec
 from autopar.spec.origin import ModelOrigin, read_origin
 from autopar.spec.source import Source
 
+DRAWN = (nn.init.normal_, nn.init.uniform_, torch.Tensor.normal_, torch.Tensor.uniform_)
 ModelSource = DecoderSpec | ModelOrigin | Mapping[str, Any] | str
 
 
@@ -54,9 +56,24 @@ def origin(model: ModelOrigin | Mapping[str, Any] | str) -> ModelOrigin:
 
 
 def _decoder(spec: DecoderSpec, meta: bool, dtype: torch.dtype | None) -> Decoder:
-    with torch.device("meta") if meta else contextlib.nullcontext():
+    with contextlib.ExitStack() as on:
+        if meta:
+            on.enter_context(torch.device("meta"))
+            on.enter_context(Unfilled())
         made = decoder(spec)
     return made if dtype is None else made.to(dtype)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out drawing first values for meta tensors, which have none: it is most of the time of making a deep model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWN:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
