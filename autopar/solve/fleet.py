@@ -127,6 +127,13 @@ class Fleet:
     def prices(self, tp: int) -> Prices:
         return self.lead(tp).prices(tp)
 
+    def carried(self, c: Candidate) -> float:
+        """No bound of unlike devices beside that of `even` is known."""
+        return 0.0
+
+    def hopeless(self, c: Candidate, limit: float) -> bool:
+        return False
+
     def variants(self, tp: int) -> list[str]:
         return self.lead(tp).variants(tp)
 

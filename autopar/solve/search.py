@@ -47,10 +47,10 @@ class Search:
     def run(self, found: list[tuple[float, Candidate]], until: float) -> None:
         """Candidates in the order of their lower bounds, each bound sharpened when it is the least; once the least is above
         the best plan, all further ones are."""
-        heap = [(low, i, False) for i, (low, _) in enumerate(found)]
+        heap = [(low, i, 0) for i, (low, _) in enumerate(found)]
         heapq.heapify(heap)
         while heap:
-            low, i, sharp = heapq.heappop(heap)
+            low, i, sharpened = heapq.heappop(heap)
             if self.best is not None and low >= self.best.seconds * (1 - CLOSE):
                 break
             if time.perf_counter() > until and self.best is not None:
@@ -58,22 +58,32 @@ class Search:
                 self.bound = low
                 break
             candidate = found[i][1]
-            if not sharp:
-                heapq.heappush(heap, (max(low, self.source.even(candidate)[0]), i, True))
+            if sharpened < len(self.sharpenings):
+                heapq.heappush(heap, (max(low, self.sharpenings[sharpened](candidate)), i, sharpened + 1))
             else:
                 self.seen += 1
                 self.look(candidate)
         if self.best is not None:
             self.bound = min(self.bound, self.best.seconds)
 
+    @property
+    def sharpenings(self) -> tuple[Callable[[Candidate], float], ...]:
+        """Bounds of a candidate, each dearer and higher than the one before."""
+        return self.evenly, self.source.carried
+
+    def evenly(self, candidate: Candidate) -> float:
+        return self.source.even(candidate)[0]
+
     def look(self, candidate: Candidate) -> None:
         """Cut, and if that promises to be better than the best so far, run the schedule."""
         alike = replace(candidate, mesh=candidate.mesh.model_copy(update={"dp_replicate": 1}))
         if candidate.mesh.dp_replicate >= self.full.get(alike, candidate.mesh.dp + 1):
             return
+        limit = float("inf") if self.best is None else self.best.seconds
+        if self.source.hopeless(candidate, limit):
+            return
         cutter = self.source.cutter(candidate)
         value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
-        limit = float("inf") if self.best is None else self.best.seconds
         if spans and self.source.promise * value >= limit * (1 - CLOSE):
             return
         made = self.source.settle(cutter, spans, limit) if spans else "full"
