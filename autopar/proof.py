@@ -114,9 +114,11 @@ def batch_of(job: Job, devices: int) -> Batch:
     pins = job.pins
     stages = pins.pp or 1
     alone = pins.tp is not None and pins.pp is not None  # then replicas are all that is left
-    replicas = pins.dp or (max(1, devices // (pins.tp * stages)) if alone and pins.tp else 1)
+    replicas = pins.dp or (max(1, devices // (pins.tp * stages * (pins.cp or 1))) if alone and pins.tp else 1)
     once = replicas * (pins.microbatch or 1) * stages
-    return Batch(sequences=once * max(-(-8 // once), -(-2 // stages)), length=min(job.batch.length, 16))
+    chunks = 2 * (pins.cp or 1)  # of a sequence, in zigzag order
+    length = max(16 // chunks, 1) * chunks
+    return Batch(sequences=once * max(-(-8 // once), -(-2 // stages)), length=min(job.batch.length, length))
 
 
 def ignoring(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -254,7 +256,7 @@ def proof(reference: Run, found: Run, plan: Plan, lr: float) -> dict[str, Any]:
     errors = {"loss_error": loss, "gradient_error": gradient, "parameter_error": parameter}
     return {
         "ranks": plan.mesh.devices,
-        "plan": plan.model_dump(mode="json", exclude={"choices", "placements"}),
+        "plan": plan.model_dump(mode="json", exclude={"choices": True, "placements": True, "context": {"choices"}}),
         **errors,
         "worst": worst_gradient if gradient >= parameter else worst_parameter,
         "steps": STEPS,

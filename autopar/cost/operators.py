@@ -9,6 +9,7 @@ from torch import fx
 
 from autopar.cost.mixture import is_mixture, mixture
 from autopar.cost.values import flows, is_view, numel, op_name, reads, tensor, tensors
+from autopar.ir.context import ALL_TO_ALL, ContextAttention
 from autopar.sharding.placement import Placement, local_shape
 
 Shape = tuple[int, ...]
@@ -40,6 +41,8 @@ KEEPS_OUTPUT = frozenset(
         "logsumexp",
     ]
 )
+OVER_CP = ("own_part", "scatter_parts", "gather_parts", "gather_parts_sum", "reduce_scatter_parts", "exchange_parts",
+           "all_reduce", "all_reduce_both")  # fmt: skip
 KEEPS_NOTHING = frozenset(
     [
         "neg",
@@ -80,6 +83,7 @@ KEEPS_NOTHING = frozenset(
         "cumsum",
         "index_select",
         "gather",
+        *OVER_CP,
     ]
 )
 INDEXING = frozenset(
@@ -149,7 +153,7 @@ def einsum_size(equation: str, shapes: list[Shape]) -> float:
 
 def is_causal(node: fx.Node) -> bool:
     """Whether a fused attention call masks the future itself (a flag, not a mask)."""
-    if op_name(node) == "flex_attention":
+    if op_name(node) == "flex_attention" or isinstance(node.target, ContextAttention):
         return node.kwargs.get("causal") is True
     if op_name(node) == "flash_attention":
         return node.kwargs.get("causal") is True or (len(node.args) > 8 and node.args[8] is True)
@@ -178,6 +182,8 @@ def kept_by(node: fx.Node) -> Kept:
     name, given = op_name(node), reads(node)
     if is_attention(node):
         rows = numel(tuple(tensor(given[0]).shape[:-1]))
+        if isinstance(node.target, ContextAttention) and node.target.kind == ALL_TO_ALL:
+            return Kept((3,) if "mask" in node.kwargs else (), (), 4.0 * rows, (0, 1, 2, 0))  # with the heads split
         return Kept(tuple(range(min(len(given), 4))), (0,), 4.0 * rows)
     if is_mixture(node):
         return mixture_keeps(node)

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import fx
 
 from autopar.cluster import AxisLink, Device
-from autopar.cost import collective, compute
+from autopar.cost import collective, compute, context
 from autopar.cost.mixture import is_mixture, scratch
 from autopar.cost.operators import kept_by, local_shapes
 from autopar.cost.precision import Precision
@@ -48,11 +48,13 @@ class Placed(Protocol):
 
 @dataclass(frozen=True)
 class Prices:
-    """What times are computed from: one device, the link of the tensor axis, and the step's dtypes."""
+    """What times are computed from: one device, the links of the tensor axis and of cp (None: nothing is split over it),
+    and the step's dtypes."""
 
     device: Device
     link: AxisLink
     precision: Precision
+    context: AxisLink | None = None
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,25 @@ class Measure:
         self.roots: dict[tuple[Value, Placement], tuple[Value, Placement]] = {}
         self.moved: dict[tuple, tuple[float, float, set[fx.Node]]] | None = None
         self.times = {n: self.seconds(n) for n in self.nodes}
+        self.over_cp = {n: self.exchanged(n) for n in self.nodes if context.over_cp(n)}
 
     # ---------------------------------------------------------------- basics
 
     def seconds(self, node: fx.Node) -> compute.Seconds:
         s, p = self.placed.of(self.name, node), self.prices
         return compute.node_seconds(node, s.inputs, s.outputs, self.degree, p.precision, p.device)
+
+    def local_bytes(self, node: fx.Node) -> tuple[list[float], float]:
+        """Bytes of a node's operands and of its first result on one device."""
+        s = self.placed.of(self.name, node)
+        sizes = [self.bytes(v, p) for v, p in zip(reads(node), s.inputs, strict=True)]
+        return sizes, self.bytes((node, 0), s.outputs[0])
+
+    def exchanged(self, node: fx.Node) -> tuple[float, float]:
+        """Seconds, forward and backward, that a node's exchanges over cp show."""
+        took = self.times[node]
+        both, p = (took.forward, took.backward), self.prices
+        return context.talk(node, *self.local_bytes(node), p.context, both, p.device)
 
     def at(self, v: Value) -> Placement:
         if v not in self.where:
@@ -221,6 +236,7 @@ class Measure:
         run = self.needed(core, [v for v, _ in inside])
         again = sum(self.times[n].forward for n in run)
         talk = sum(f for f, _, readers in self.talks().values() if readers & run)
+        talk += sum(self.over_cp[n][0] for n in run if n in self.over_cp)
         interior = sum(b for k, b in inside.items() if k not in outside) + mask
         return sum(outside.values()) + rest, again, talk, interior
 
@@ -236,12 +252,13 @@ class Measure:
         times = self.times.values()
         f_again = sum(self.times[n].forward for n in run)
         f_talk = sum(f for f, _, readers in talks.values() if readers & run)
+        f_talk += sum(self.over_cp[n][0] for n in run if n in self.over_cp)
         return Region(
             forward=sum(t.forward for t in times),
             backward_input=sum(t.backward_input for t in times) + self.accumulation(),
             backward_weight=sum(t.backward_weight for t in times),
-            forward_talk=sum(f for f, _, _ in talks.values()),
-            backward_talk=sum(b for _, b, _ in talks.values()),
+            forward_talk=sum(f for f, _, _ in talks.values()) + sum(f for f, _ in self.over_cp.values()),
+            backward_talk=sum(b for _, b, _ in talks.values()) + sum(b for _, b in self.over_cp.values()),
             saved=(none, min(selective, none), min(full, selective, none)),
             again=(0.0, s_again, f_again),
             again_talk=(0.0, s_talk, f_talk),
@@ -295,6 +312,8 @@ class Measure:
 
     def scratch(self, node: fx.Node) -> tuple[float, float]:
         """Bytes of a node's own while it runs, forward and backward."""
+        if node in self.over_cp:
+            return context.buffers(node, *self.local_bytes(node))
         if not is_mixture(node):
             return 0.0, 0.0
         shapes, _ = local_shapes(node, self.placed.of(self.name, node).inputs, (), self.degree)

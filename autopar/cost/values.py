@@ -46,6 +46,8 @@ VIEWS = frozenset(
         "swapdims",
         "lift_fresh",
         "mT",
+        "copy_in",
+        "share_gradient",
     ]
 )
 """Operators that never copy; others (reshape, contiguous, to) are asked whether their result shares its storage."""

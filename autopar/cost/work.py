@@ -22,6 +22,7 @@ from autopar.cost.operators import (
 )
 from autopar.cost.precision import Precision
 from autopar.cost.values import Value, flows, is_view, numel, op_name, parameter, reads, tensor, tensors
+from autopar.ir.context import ALL_TO_ALL, RING, ContextAttention
 from autopar.sharding.placement import Placement
 
 FORWARD, INPUTS, WEIGHTS = 0, 1, 2
@@ -122,10 +123,15 @@ def copies_parameter(node: fx.Node) -> bool:
 
 def attention_calls(call: Local) -> tuple[Call, ...]:
     """A fused attention kernel; its backward recomputes the scores."""
-    flops = products(call.node, call.given, call.made) * executed(call)
-    found = [Call(FORWARD, "attention", flops, call.moved)]
+    flops, moved = products(call.node, call.given, call.made) * executed(call), call.moved
+    target = call.node.target
+    if isinstance(target, ContextAttention):  # every device's queries meet all keys
+        flops, moved = flops * target.degree, moved * target.degree
+    found = [Call(FORWARD, "attention", flops, moved)]
     if any(flows(v) for v in call.reads[:3]):
-        found.append(Call(INPUTS, "attention", ATTENTION_BACKWARD * flops, 2 * call.moved))
+        found.append(Call(INPUTS, "attention", ATTENTION_BACKWARD * flops, 2 * moved))
+    if isinstance(target, ContextAttention) and target.kind == ALL_TO_ALL:  # what is sent is laid out anew, and back
+        found += [Call(side, "vector", 0.0, 4 * call.moved) for side in {c.side for c in found}]
     return tuple(found)
 
 
@@ -136,6 +142,9 @@ def executed(call: Local) -> float:
     """The share of the scores that a causal kernel computes: half, and the other half of the tiles on the diagonal."""
     if not is_causal(call.node):
         return 1.0
+    target = call.node.target
+    if isinstance(target, ContextAttention) and target.kind == RING and not target.zigzag:
+        return 1.0 - 0.5 / target.degree  # the last device's queries see all keys
     return min(1.0, 0.5 + 0.5 * TILE / max(call.given[1][-2], 1))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from autopar.ir.context import ContextAttention
 from autopar.ir.ops import operands
 
 aten = torch.ops.aten
@@ -40,7 +41,8 @@ def cores(graph: fx.Graph) -> list[Core]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in FUSED:
+        known = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in FUSED
+        if known or isinstance(node.target, ContextAttention):
             found.append(core([node, *mixture(node)], graph))
         elif node.target in SOFTMAX:
             first, last = before(node), after(node)

@@ -39,8 +39,12 @@ class BlockWriter:
         sample = next(c for c in self.owner.stage.calls if c.target == self.name).meta["path"]
         lines = [f"class Block{self.name.split('_')[1]}(nn.Module):"]
         lines += [f'    """{sample} and {count - 1} more like it."""' if count > 1 else f'    """{sample}."""', ""]
-        lines += ['    def __init__(self, tp: torch.distributed.ProcessGroup | None, recompute: str = "none") -> None:']
-        lines += ["        super().__init__()", "        self.tp, self.recompute = tp, recompute"]
+        group, over_cp = "torch.distributed.ProcessGroup | None", self.owner.plan.mesh.cp > 1
+        given = f"tp: {group}, cp: {group}" if over_cp else f"tp: {group}"
+        lines += [f'    def __init__(self, {given}, recompute: str = "none") -> None:', "        super().__init__()"]
+        lines += [
+            f"        self.tp, {'self.cp, ' if over_cp else ''}self.recompute = tp, {'cp, ' if over_cp else ''}recompute"
+        ]
         lines += [f"        {d}" for d in self.declarations()]
         names, arguments_ = self.names()
         given = ", ".join(arguments_)

@@ -15,7 +15,7 @@ import torch
 from autopar.errors import PlanError
 from autopar.ir import adapters
 from autopar.ir.program import Program
-from autopar.lower import collectives, recompute
+from autopar.lower import collectives, recompute, sequences
 from autopar.lower.emit import emit
 from autopar.lower.launching import launching
 from autopar.plan.plan import PlanDocument
@@ -69,6 +69,11 @@ def build(
         (part / "collectives.py").write_text(inspect.getsource(collectives))
         if document.plan.recompute_groups:
             (part / "recompute.py").write_text(inspect.getsource(recompute))
+        if document.plan.context is not None:
+            text = inspect.getsource(sequences).replace(
+                "from autopar.lower.collectives import", "from collectives import"
+            )
+            (part / "sequences.py").write_text(text)
         ranks = document.plan.mesh.devices
         (part / "train.py").write_text(TRAIN.format(ranks=ranks))
         (part / "plan.json").write_text(document.model_dump_json(indent=1) + "\n")

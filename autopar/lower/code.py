@@ -13,13 +13,14 @@ import torch
 from torch import fx
 
 from autopar.ir.ops import operands
-from autopar.lower import collectives
-from autopar.lower.spelling import spelled
+from autopar.lower import collectives, sequences
+from autopar.lower.spelling import over_cp, spelled
 
 WIDTH = 110
 RESERVED = {
     *keyword.kwlist,
     *(n for n in vars(collectives) if not n.startswith("_")),
+    *sequences.CALLED,
     "self",
     "torch",
     "nn",
@@ -30,6 +31,7 @@ RESERVED = {
     "Again",
     "kernels",
     "tp",
+    "cp",
     "device",
 }
 
@@ -89,6 +91,7 @@ class Body:
     lines: list[str]
     device: str | None = None  # the expression tensors are made on
     functions: set[str] = field(default_factory=set)  # collectives used
+    sequences: set[str] = field(default_factory=set)  # what is used of how sequences are split over cp
     classes: set[tuple[str, str]] = field(default_factory=set)  # (module, name) of autograd functions used
 
 
@@ -127,6 +130,8 @@ class Writer:
         target: Any = node.target
         if getattr(target, "__module__", "") == "autopar.lower.collectives":
             self.body.functions.add(target.__name__)
+        elif (over := over_cp(target)) is not None:
+            (self.body.sequences if over in sequences.CALLED else self.body.functions).add(over)
         elif not isinstance(target, (str, torch._ops.OpOverload)) and hasattr(target, "function"):
             self.body.classes.add((target.__module__, target.__qualname__.split(".")[0]))
         return spelled(node, self.expression, "device")

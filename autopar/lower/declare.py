@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from autopar.sharding.placement import Placement, local_shape
 
-TAKEN = {*keyword.kwlist, *dir(nn.Module()), "tp", "recompute", "blocks", "body", "count", "attention_core"}
+TAKEN = {*keyword.kwlist, *dir(nn.Module()), "tp", "cp", "recompute", "blocks", "body", "count", "attention_core"}
 """What an emitted module has or means already: none of its tensors may be called that."""
 
 

@@ -16,8 +16,9 @@ from autopar.lower.inputs import input_entry
 from autopar.lower.localize import Localized, Localizer, strategy_of
 from autopar.lower.stagecode import Emitted, StageWriter
 from autopar.lower.stages import StageGraph, cut
-from autopar.plan.plan import Plan
-from autopar.sharding.placement import Placement
+from autopar.plan.plan import Context, Plan
+from autopar.sharding.part import part_of
+from autopar.sharding.placement import Placement, parse
 from autopar.sharding.strategy import Strategy
 
 
@@ -100,6 +101,8 @@ def operand_uses(node: fx.Node) -> list[fx.Node]:
 
 def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
     """The stages' sources and the manifest of a static ``program`` (of the plan's micro-batch) under ``plan``."""
+    if plan.context is not None:
+        program = part_of(program, strategies_of(plan.context), plan.mesh.cp, plan.context.zigzag)
     check_fits(program, plan)
     check_inputs(program)
     emitter = Emitter(program, plan)
@@ -114,6 +117,15 @@ def emit(program: Program, plan: Plan) -> tuple[list[Emitted], dict[str, Any]]:
         if n.op == "placeholder" and n.meta["kind"] == "input"
     }
     return stages, {"stages": [s.entry for s in stages], "tied": list(tied.values()), "inputs": inputs}
+
+
+def strategies_of(held: Context) -> dict[tuple[str, str], Strategy]:
+    """A plan's strategies along cp, by graph and node."""
+    return {
+        (graph, node): Strategy(tuple(map(parse, c.inputs)), tuple(map(parse, c.outputs)), c.special)
+        for graph, nodes in held.choices.items()
+        for node, c in nodes.items()
+    }
 
 
 def check_inputs(program: Program) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from autopar.ir.context import ContextAttention
 from autopar.ir.ops import operands
 from autopar.lower import collectives
 from autopar.plan.plan import Choice
@@ -235,6 +236,8 @@ def draws(node: fx.Node) -> bool:
     """Whether a call draws random numbers as it is called here."""
     if node.target is aten.dropout.default:
         return node.args[1] != 0 and bool(node.args[2])
+    if isinstance(node.target, ContextAttention):
+        return bool(node.kwargs.get("dropout"))
     if node.target is aten.scaled_dot_product_attention.default:
         return bool(node.kwargs.get("dropout_p") or (len(node.args) > 4 and node.args[4]))
     return any("nondeterministic_seeded" in str(t) for t in getattr(node.target, "tags", ()))

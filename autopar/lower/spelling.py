@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.ir.context import AXIS, ContextAttention
 from autopar.ir.functions import FunctionCall
 from autopar.sharding.call import arguments
 
@@ -70,9 +71,36 @@ def spelled(node: fx.Node, names: Callable[[fx.Node], str], device: str) -> str:
             f"{k}={say(v)}" for k, v in node.kwargs.items()
         ]
         return f"{target.__name__}({', '.join(given)})"
+    if isinstance(target, ContextAttention):
+        return attention_over_cp(node, target, say)
     if isinstance(target, torch._ops.OpOverload):
-        return operator_text(node, target, say, device)
+        return move_over_cp(node, target, say) if target.namespace == AXIS else operator_text(node, target, say, device)
     raise AssertionError(f"{node.name}: {target} has no spelling")
+
+
+def move_over_cp(node: fx.Node, target: torch._ops.OpOverload, say: Spell) -> str:
+    """``part(labels, 0, self.cp, pieces=[16, 16])``."""
+    bound = arguments(node)
+    plain = [say(v) for n, v in bound.items() if n not in ("degree", "pieces", "before", "zigzag")]
+    named = [f"{n}={tuple(bound[n])}" for n in ("pieces", "before") if bound.get(n)]
+    named += ["zigzag=True"] if bound.get("zigzag") else []
+    return f"{over_cp(target)}({', '.join([*plain, 'self.cp', *named])})"
+
+
+def attention_over_cp(node: fx.Node, target: ContextAttention, say: Spell) -> str:
+    """``ring_attention(query, key, value, self.cp, causal=True, zigzag=True)``."""
+    options = {**node.kwargs, **({"zigzag": True} if target.zigzag else {})}
+    named = [f"{n}={say(v)}" for n, v in options.items()]
+    return f"{target.__name__}({', '.join([*(say(a) for a in node.args), 'self.cp', *named])})"
+
+
+def over_cp(target: Any) -> str | None:
+    """The function of `autopar.lower.sequences` that a node calls; None for everything else."""
+    if isinstance(target, ContextAttention):
+        return target.__name__
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == AXIS:
+        return target._schema.name.split("::")[-1]
+    return None
 
 
 def operator_text(node: fx.Node, target: torch._ops.OpOverload, say: Spell, device: str) -> str:

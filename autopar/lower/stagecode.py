@@ -87,6 +87,9 @@ class StageWriter:
             lines += ["", f"from collectives import {', '.join(functions)}"]
         if any("again.part(" in line for b in self.bodies for line in b.lines):
             lines += ([] if functions else [""]) + ["from recompute import Again"]
+        split = sorted(set().union(*[b.sequences for b in self.bodies]))
+        if split:
+            lines += ([] if functions else [""]) + [f"from sequences import {', '.join(split)}"]
         if any("kernels." in line for b in self.bodies for line in b.lines):
             lines += ["", "from autopar import kernels"]
         for module, cls in sorted(set().union(*[b.classes for b in self.bodies])):
@@ -129,8 +132,13 @@ class StageWriter:
         for node in self.stage.receives:
             names.give(self.local.nodes[node], "hidden" if len(self.stage.receives) == 1 else node.name)
         lines = ["class Stage(nn.Module):", f'    """What stage {self.index} holds and does."""', ""]
-        lines += ["    def __init__(self, tp: torch.distributed.ProcessGroup | None = None) -> None:"]
-        lines += ["        super().__init__()", "        self.tp = tp"]
+        group = "torch.distributed.ProcessGroup | None = None"
+        over_cp = self.plan.mesh.cp > 1
+        lines += [f"    def __init__(self, tp: {group}{f', cp: {group}' if over_cp else ''}) -> None:"]
+        lines += [
+            "        super().__init__()",
+            "        self.tp, self.cp = tp, cp" if over_cp else "        self.tp = tp",
+        ]
         lines += [f"        {d}" for d in declared]
         lines += [f"        {line}" for line in self.block_list()]
         lines += ["", f"    def forward({self.signature(names)}):"]
@@ -164,7 +172,8 @@ class StageWriter:
                 groups.append((item, 1))
         parts = []
         for (cls, recompute), count in groups:
-            text = f'{cls}(tp, recompute="{recompute}")' if recompute != "none" else f"{cls}(tp)"
+            groups_ = "tp, cp" if self.plan.mesh.cp > 1 else "tp"
+            text = f'{cls}({groups_}, recompute="{recompute}")' if recompute != "none" else f"{cls}({groups_})"
             parts.append(f"*[{text} for _ in range({count})]" if count > 1 else text)
         for i, call in enumerate(self.stage.calls):
             self.own_tensors(call, i)

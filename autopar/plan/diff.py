@@ -32,13 +32,14 @@ def _facts(document: PlanDocument) -> dict[str, object]:
         "cluster": document.cluster or "–",
         **plan.mesh.degrees,
         "zero": plan.zero,
-        "sharded over": plan.mesh.dp_shard if plan.zero else 1,
+        "sharded over": plan.mesh.sharing if plan.zero else 1,
         "microbatch": plan.microbatch,
         "microbatches": plan.microbatches,
         "schedule": plan.schedule,
         "virtual stages": plan.virtual_stages,
         "sequence parallel": "yes" if plan.sequence_parallel else "no",
         "recompute": again or "none",
+        "attention over cp": plan.context.attention if plan.context else "–",
     }
 
 

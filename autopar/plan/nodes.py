@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from autopar.cost.compute import Seconds
 from autopar.cost.regions import Measure, Placed, Prices
 from autopar.cost.values import Value, flows, reads, tensors
 from autopar.ir.ops import operands
@@ -31,6 +32,8 @@ def _facts(node: fx.Node, measure: Measure) -> NodeFacts:
     if node not in measure.times:  # one of several outputs: no work of its own
         return NodeFacts(op=op, type=type, reads=tuple(Read(node=n.name) for n in operands(node)))
     took = measure.times[node]
+    forward, backward = measure.over_cp.get(node, (0.0, 0.0))
+    took = took + Seconds(forward, backward)  # what shows of exchanges over cp is the node's own
     return NodeFacts(op=op, type=type, reads=_reads(node, measure), forward=took.forward, backward=took.backward)
 
 

@@ -24,7 +24,7 @@ class MeshShape(Frozen):
 
     ``dp_replicate``: dp is so many replicas of ``dp_shard`` devices, which divide among themselves what ZeRO divides
     (hybrid sharding; dp_shard is the inner one). 1: all of dp divides it. In JSON both stand beside ``dp`` where
-    there are several replicas.
+    there are several replicas. Devices along cp hold the same parameters, as replicas do: ZeRO divides over them, too.
     """
 
     pp: int = 1
@@ -39,6 +39,16 @@ class MeshShape(Frozen):
         return self.dp // self.dp_replicate
 
     @property
+    def copies(self) -> int:
+        """How many devices hold the same parameters along tp and pp: those along dp and cp."""
+        return self.dp * self.cp
+
+    @property
+    def sharing(self) -> int:
+        """Among how many devices ZeRO divides, along dp and cp."""
+        return self.dp_shard * self.cp
+
+    @property
     def devices(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
 
@@ -49,8 +59,13 @@ class MeshShape(Frozen):
 
     @property
     def within(self) -> MeshShape:
-        """A mesh whose dp is the devices that divide a replica's state among themselves."""
-        return MeshShape(dp=self.dp_shard, cp=self.cp, tp=self.tp)
+        """A mesh whose dp is the devices that divide a state among themselves."""
+        return MeshShape(dp=self.sharing, tp=self.tp)
+
+    @property
+    def merged(self) -> MeshShape:
+        """A mesh whose dp is all devices that hold the same parameters."""
+        return MeshShape(pp=self.pp, dp=self.copies, tp=self.tp)
 
     @property
     def across(self) -> MeshShape:
@@ -151,6 +166,17 @@ class Selected(Frozen):
     seconds: float = 0.0
 
 
+class Context(Frozen):
+    """How sequences are split over cp. ``attention``: ring or all_to_all; ``zigzag``: each device holds two chunks of every
+    sequence, an early and a late one; ``choices``: graph name → node name → choice along cp; ``whole``: operators whose
+    result grows with the sequence and which every device computes whole."""
+
+    attention: str
+    zigzag: bool
+    choices: dict[str, dict[str, Choice]] = {}
+    whole: tuple[str, ...] = ()
+
+
 class Plan(Frozen):
     """Everything that lowering and the runtime need to know beside the program itself."""
 
@@ -166,6 +192,7 @@ class Plan(Frozen):
     placements: dict[str, str] = {}  # parameter → "S(0)@tp" or "R"
     unsplit: tuple[str, ...] = ()  # operators without a rule, replicated along tp
     hosts: tuple[Host, ...] = ()  # in the order of the ranks, where hosts are unlike; empty: any order
+    context: Context | None = None  # where cp > 1: ``choices`` are then of the program of one device along cp
     recompute_groups: dict[str, dict[str, Selected]] = {}  # block → ``custom_1`` … → what of it is made again
 
     @model_validator(mode="after")
@@ -179,7 +206,7 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _shards_something(self) -> Plan:
-        if self.mesh.dp_replicate > 1 and (self.zero == 0 or self.mesh.dp_shard == 1):
+        if self.mesh.dp_replicate > 1 and (self.zero == 0 or self.mesh.sharing == 1):
             raise ValueError(
                 f"dp_replicate {self.mesh.dp_replicate} × dp_shard {self.mesh.dp_shard} with zero={self.zero} divides "
                 "nothing; dp_replicate 1 and zero=0 say the same"

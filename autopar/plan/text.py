@@ -39,14 +39,31 @@ def _decision(plan: Plan) -> list[str]:
     virtual = f", {plan.virtual_stages} virtual stages a rank" if plan.virtual_stages > 1 else ""
     return [
         f"mesh           {degrees} = {mesh.devices} devices; {zero_of(plan)}{sequence}",
+        *_context(plan),
         f"schedule       {plan.schedule}{virtual}; {plan.microbatches} × {plan.microbatch} sequences a replica",
     ]
 
 
+CONTEXT = {
+    "ring": "keys and values go round a ring",
+    "all_to_all": "an all-to-all splits heads while attention runs",
+    "": "keys and values are gathered",
+}
+
+
+def _context(plan: Plan) -> list[str]:
+    """How sequences are split over cp, where they are."""
+    if plan.context is None:
+        return []
+    order = ", each device an early and a late chunk (zigzag)" if plan.context.zigzag else ""
+    rest = f"; whole on every device: {', '.join(plan.context.whole)}" if plan.context.whole else ""
+    return [f"context        sequences split over cp {plan.mesh.cp}; {CONTEXT[plan.context.attention]}{order}{rest}"]
+
+
 def zero_of(plan: Plan) -> str:
-    """``ZeRO 3``, or with replicas beside it ``ZeRO 3 over 8 of 64 (8 replicas)``."""
+    """``ZeRO 3``, or with replicas beside it ``ZeRO 3 over 8 of 64 (8 replicas)``; devices along cp count, too."""
     mesh = plan.mesh
-    hybrid = f" over {mesh.dp_shard} of {mesh.dp} ({mesh.dp_replicate} replicas)" if mesh.dp_replicate > 1 else ""
+    hybrid = f" over {mesh.sharing} of {mesh.copies} ({mesh.dp_replicate} replicas)" if mesh.dp_replicate > 1 else ""
     return f"ZeRO {plan.zero}{hybrid}"
 
 

@@ -146,7 +146,8 @@ def _parameters(document: PlanDocument, names: list[str]) -> Iterator[str]:
         yield from _readings(document, members[0])
     if len(found) > LISTED:
         yield f"… and {len(found) - LISTED} more kinds"
-    yield f"  over dp {plan.mesh.dp}: {zero_of(plan)}, {ZERO[plan.zero]}"
+    over = f"dp {plan.mesh.dp}" + (f" and cp {plan.mesh.cp}" if plan.mesh.cp > 1 else "")
+    yield f"  over {over}: {zero_of(plan)}, {ZERO[plan.zero]}"
 
 
 def _readings(document: PlanDocument, name: str) -> Iterator[str]:

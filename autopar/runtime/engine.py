@@ -69,7 +69,7 @@ class Engine:
 
     def _stage(self, read: BuildFolder, index: int, source: Source) -> tuple[int, StageEntry, nn.Module]:
         entry = self.manifest.stages[index]
-        module = read.stage(index, self.world.group("tp"))
+        module = read.stage(index, self.world.group("tp"), self.world.group("cp"))
         materialize.verify_module(entry, module, self.world.shape.tp)
         for item in entry.parameters:
             module.get_parameter(item.path).requires_grad_(item.trainable)
@@ -106,13 +106,14 @@ class Engine:
         Gradients of a float16 program are scaled while they are computed and summed, and come out unscaled; `finite`
         says whether they are.
 
-        Random numbers (dropout) follow from the seed, the number of steps, the replica and the pp rank alone, and
+        Random numbers (dropout) follow from the seed, the number of steps, the replica, the cp and the pp rank alone, and
         are the same on all ranks along tp; so a resumed run draws what an uninterrupted one would.
         """
         parts = microbatches(dict(batch), self.manifest, self.plan, self.world.rank("dp"), self.world.device)
         factor = self.scale.value if self.scale else 1.0
         scale = factor / self._count(parts)
         place = f"{self.steps}/{self.world.rank('dp')}/{self.world.rank('pp')}"
+        place += f"/{self.world.rank('cp')}" if self.world.shape.cp > 1 else ""
         self.world.seed(seed_of(self.seed, place))
         loss = self.runner.run(parts, scale)
         for replicas in self.replicas:

@@ -45,11 +45,11 @@ class BuildFolder:
         plan, document = _plan(folder)
         return cls(folder, plan, manifest, _job(folder), document)
 
-    def stage(self, index: int, tp: dist.ProcessGroup | None) -> nn.Module:
-        """The emitted module of a stage, its parameters on meta."""
+    def stage(self, index: int, tp: dist.ProcessGroup | None, cp: dist.ProcessGroup | None = None) -> nn.Module:
+        """The emitted module of a stage, its parameters on meta. ``cp``: for plans that split sequences."""
         module = self._import(f"stages.{self.manifest.stages[index].module}")
         with torch.device("meta"):
-            return module.Stage(tp=tp)
+            return module.Stage(tp=tp, cp=cp) if self.plan.mesh.cp > 1 else module.Stage(tp=tp)
 
     def _import(self, name: str) -> ModuleType:
         file = self.path.joinpath(*name.split(".")).with_suffix(".py")

@@ -46,7 +46,7 @@ def buffers(
         for item in entry.buffers:
             if item.persistent and first[item.name] == (entry.module, item):
                 shard = Shard(item.shape, item.place, world.rank("tp"), world.shape.tp)
-                counts = world.rank("dp") == 0 and (item.place.sharded or world.rank("tp") == 0)
+                counts = world.copy == 0 and (item.place.sharded or world.rank("tp") == 0)
                 value = module.get_buffer(item.path)
                 own.append((item.name, shard, value.byte() if value.dtype == torch.bool else value, counts))
     dtypes = {

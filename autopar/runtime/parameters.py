@@ -101,7 +101,7 @@ def _held(
     name, rows = manifest.canonical(item.name), rows_of(parameter)
     shard = Shard(item.shape, item.place, world.rank("tp"), world.shape.tp, rows)
     owned = first[name] == (stage.module, item.path)
-    copy = world.rank("dp") if rows is None else world.replica
+    copy = world.copy if rows is None else world.replica
     owned = owned and (item.place.sharded or world.rank("tp") == 0) and copy == 0
     return Held(name, item, parameter, shard, owned)
 

@@ -103,7 +103,7 @@ def check(plan: Plan, manifest: Manifest) -> None:
         raise PlanError(f"schedule {name} runs one stage per device, not {virtual}; interleaved1f1b would be right")
     if pp > 1 and name in V_SHAPED and virtual != 2:
         raise PlanError(f"schedule {name} needs virtual_stages=2; the plan has {virtual}")
-    zero.check(plan.zero, name, pp > 1 and plan.mesh.dp > 1)
+    zero.check(plan.zero, name, pp > 1 and plan.mesh.copies > 1)
 
 
 class _Stage(PipelineStage):
@@ -154,7 +154,7 @@ def _leave(entry: StageEntry) -> Callable[..., Any]:
 def _stage(
     index: int, entry: StageEntry, module: nn.Module, plan: Plan, world: World, *, always_grad: bool
 ) -> PipelineStage:
-    if plan.zero >= 2 and world.shape.dp > 1:
+    if plan.zero >= 2 and world.shape.copies > 1:
         module = zero.Hidden(module)
     module.register_forward_pre_hook(_enter(entry), with_kwargs=True, prepend=True)
     last = index == len(plan.stages) - 1

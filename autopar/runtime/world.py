@@ -1,7 +1,8 @@
-"""The processes of a run: this rank, its device, the mesh (pp, dp, tp) and its groups."""
+"""The processes of a run: this rank, its device, the mesh (pp, dp, cp, tp) and its groups."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -17,20 +18,21 @@ from autopar.plan.plan import MeshShape
 
 VICTIM = 3  # exit status of a rank that only lost its connection to another
 _LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "remote process exited")
-AXES = ("pp", "dp", "tp")  # outermost (slowest links) first: ranks next to each other share a tp group
+AXES = ("pp", "dp", "cp", "tp")  # outermost (slowest links) first: ranks next to each other share a tp group
 
 
 @dataclass
 class World:
     """Where this process stands. Without a process group (one device) every collective is a no-op.
 
-    ``states``: the mesh over dp that FSDP shards over, (dp_replicate, dp_shard) where ZeRO is hybrid.
+    ``states``: the mesh over dp and cp that FSDP shards over, (dp_replicate, the rest of dp with cp) where ZeRO is hybrid.
     """
 
     shape: MeshShape
     device: torch.device
     mesh: DeviceMesh | None = None
     states: DeviceMesh | None = None
+    copies: dist.ProcessGroup | None = None  # all devices that hold the same parameters; None for one
     _teams: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
@@ -39,16 +41,12 @@ class World:
 
         Raises PlanError when the number of processes is not the plan's number of devices.
         """
-        if shape.cp != 1:
-            raise PlanError(
-                f"the runtime has no context-parallel axis; the plan has cp={shape.cp}, cp=1 would be right"
-            )
         device = device or local_device()
         if not dist.is_initialized() and "RANK" in os.environ:
             start(device)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks != shape.devices:
-            counts = f"pp {shape.pp} × dp {shape.dp} × tp {shape.tp}"
+            counts = " × ".join(f"{axis} {degree}" for axis, degree in shape.degrees.items())
             raise PlanError(
                 f"the plan is for {shape.devices} devices ({counts}) but {ranks} process(es) run; "
                 f"start it with `torchrun --nproc-per-node {shape.devices}`"
@@ -56,18 +54,20 @@ class World:
         if not dist.is_initialized():
             return cls(shape, device)
         mesh = init_device_mesh(device.type, tuple(getattr(shape, a) for a in AXES), mesh_dim_names=AXES)
-        states = mesh["dp"]
-        if shape.dp_replicate > 1:
-            states = states._unflatten("dp", (shape.dp_replicate, shape.dp_shard), ("dp_replicate", "dp_shard"))
-        return cls(shape, device, mesh, states)
+        return cls(shape, device, mesh, states_of(mesh, shape), copies_of(mesh, shape))
 
     def rank(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
 
     @property
     def replica(self) -> int:
-        """Which of the replicas that divide their state over dp_shard devices each this rank belongs to."""
+        """Which of the replicas that divide their state over dp_shard × cp devices each this rank belongs to."""
         return self.rank("dp") // self.shape.dp_shard
+
+    @property
+    def copy(self) -> int:
+        """Which of the devices that hold the same parameters, along dp and cp, this one is."""
+        return self.rank("dp") * self.shape.cp + self.rank("cp")
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The process group along an axis; None where the axis has one device."""
@@ -79,16 +79,15 @@ class World:
         return self.mesh is None or dist.get_rank() == 0
 
     def team(self, pp_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The group of these pp ranks at this rank's (dp, tp). Collective: every rank must ask, in the same order."""
+        """The group of these pp ranks at this rank's (dp, cp, tp). Collective: every rank must ask, in the same order."""
         assert self.mesh is not None
         if pp_ranks not in self._teams:
             grid, mine = self.mesh.mesh, None
-            for d in range(self.shape.dp):
-                for t in range(self.shape.tp):
-                    members = [int(grid[p, d, t]) for p in pp_ranks]
-                    made = dist.new_group(members)
-                    if isinstance(made, dist.ProcessGroup) and dist.get_rank() in members:
-                        mine = made
+            for d, c, t in itertools.product(*(range(n) for n in (self.shape.dp, self.shape.cp, self.shape.tp))):
+                members = [int(grid[p, d, c, t]) for p in pp_ranks]
+                made = dist.new_group(members)
+                if isinstance(made, dist.ProcessGroup) and dist.get_rank() in members:
+                    mine = made
             self._teams[pp_ranks] = mine
         return self._teams[pp_ranks]
 
@@ -116,10 +115,10 @@ class World:
                 dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
 
     def total(self, value: float) -> float:
-        """The sum over stages and replicas of a number that is the same on all ranks along tp."""
+        """The sum over stages and replicas of a number that is the same on all ranks along tp and cp."""
         if self.shape.pp * self.shape.dp == 1:
             return value
-        return self.sum(value if self.rank("tp") == 0 else 0.0)[0]
+        return self.sum(value if self.rank("tp") == self.rank("cp") == 0 else 0.0)[0]
 
     def everyone(self, value: Any) -> list[Any]:
         """A picklable value from every rank, in rank order."""
@@ -136,6 +135,30 @@ class World:
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()
+
+
+def states_of(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
+    """The mesh that FSDP shards over: dp with cp, in dp_replicate rows where ZeRO is hybrid."""
+    if shape.cp > 1:
+        degrees = (shape.pp, shape.dp_replicate, shape.sharing, shape.tp)
+        names = ("stages", "dp_replicate", "states", "shares")
+        made = init_device_mesh(mesh.device_type, degrees, mesh_dim_names=names)
+        return made["dp_replicate", "states"] if shape.dp_replicate > 1 else made["states"]
+    if shape.dp_replicate > 1:
+        return mesh["dp"]._unflatten("dp", (shape.dp_replicate, shape.dp_shard), ("dp_replicate", "dp_shard"))
+    return mesh["dp"]
+
+
+def copies_of(mesh: DeviceMesh, shape: MeshShape) -> dist.ProcessGroup | None:
+    """The process group of all devices along dp and cp; None for one."""
+    if shape.copies == 1:
+        return None
+    if shape.cp == 1:
+        return mesh.get_group("dp")
+    degrees = (shape.pp, shape.copies, shape.tp)
+    return init_device_mesh(mesh.device_type, degrees, mesh_dim_names=("stages", "copies", "shares")).get_group(
+        "copies"
+    )
 
 
 def lost(message: str) -> bool:

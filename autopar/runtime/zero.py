@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 along dp: who holds parameters, gradients and optimizer state, and when gradients are summed.
+"""ZeRO 0 to 3 along dp and cp, whose devices hold the same parameters: who holds states, and when gradients are summed.
 
 1, 2 and 3 are FSDP2's `fully_shard`; gradients are *summed* (the loss is already divided by the global count). Hybrid:
 over a mesh (dp_replicate, dp_shard), state is divided over dp_shard only; gradients are reduce-scattered over dp_shard
@@ -42,12 +42,14 @@ def check(zero: int, schedule: str, pipelined: bool) -> None:
 
 
 def shard(module: nn.Module, entry: StageEntry, zero: int, reduce: torch.dtype | None, world: World) -> None:
-    """Shard a stage's parameters over ``world.states``, one group per unit and one for the rest. Nothing at zero=0 or dp=1.
+    """Shard a stage's parameters over ``world.states``, one group per unit and one for the rest.
+
+    Nothing at zero=0 or where no other device holds the same.
 
     A group is gathered in the dtype that the program reads it in, where it reads all of it in one; ``reduce`` is the dtype
     in which gradients are summed.
     """
-    if zero == 0 or world.shape.dp == 1:
+    if zero == 0 or world.shape.copies == 1:
         return
     assert world.states is not None
     scalars = {p for p in module.parameters() if p.dim() == 0}  # dim 0 is what FSDP splits; these stay whole
@@ -155,7 +157,7 @@ class Replicas:
     def __init__(
         self, module: nn.Module, units: tuple[str, ...], microbatches: int, reduce: torch.dtype | None, world: World
     ):
-        self.group, self.microbatches = world.group("dp"), microbatches
+        self.group, self.microbatches = world.copies, microbatches
         targets = [module.get_submodule(u) for u in reversed(units)]  # the backward pass begins at the last unit
         self.buckets = buckets([*targets, module], reduce) if self.group is not None else []
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}

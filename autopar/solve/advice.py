@@ -92,7 +92,9 @@ def tried(program: Program, cluster: Cluster, job: Job) -> PlanDocument | None:
 def shape(plan: Plan) -> str:
     mesh = plan.mesh
     hybrid = f" ({mesh.dp_replicate} × {mesh.dp_shard})" if mesh.dp_replicate > 1 else ""
-    return f"tp {mesh.tp}, pp {mesh.pp}, dp {mesh.dp}{hybrid}, ZeRO {plan.zero}, micro-batch {plan.microbatch}, {plan.schedule}"
+    cp = f", cp {mesh.cp}" if mesh.cp > 1 else ""
+    degrees = f"tp {mesh.tp}, pp {mesh.pp}, dp {mesh.dp}{hybrid}{cp}"
+    return f"{degrees}, ZeRO {plan.zero}, micro-batch {plan.microbatch}, {plan.schedule}"
 
 
 # ------------------------------------------------------------------ pins
@@ -150,12 +152,13 @@ def alternatives(program: Program, cluster: Cluster, job: Job, document: PlanDoc
     if plan.mesh.tp == 1:
         return ["tp is 1: nothing is split"]
     source, _, _ = prepared(program, cluster, job)
-    static = source.static(plan.microbatch)
+    part = source.at(plan.mesh.cp, plan.context.attention) if plan.context is not None else source
+    static = part.static(plan.microbatch)
     found = choices(static, plan.mesh.tp, plan.sequence_parallel or None)
     item = found.items.get(key)
     if item is None or len(item.options) < 2:
         return ["this node has no other strategy"]
-    problem = Formulation(static, found, plan.mesh.tp, source.prices(plan.mesh.tp))
+    problem = Formulation(static, found, plan.mesh.tp, part.prices(plan.mesh.tp))
     taken = plan.choices.get(key[0], {}).get(key[1])
     rows = []
     for option in item.options:

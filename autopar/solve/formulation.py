@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopar.cost import collective, compute
+from autopar.cost import collective, compute, context
 from autopar.cost.operators import kept_by
 from autopar.cost.regions import Prices
 from autopar.cost.values import Value, local_numel, reads, tensor, tensors
@@ -69,7 +69,20 @@ class Formulation:
         if node.op != "call_function":
             return 0.0
         took = compute.node_seconds(node, s.inputs, s.outputs, self.degree, p.precision, p.device).total
-        return took + HELD * self.saved(node, s)
+        return took + self.exchanged(node, s) + HELD * self.saved(node, s)
+
+    def exchanged(self, node: fx.Node, s: Strategy) -> float:
+        """Seconds that a node's exchanges over cp show."""
+        p = self.prices
+        if not context.over_cp(node):
+            return 0.0
+        size = p.precision.itemsize
+        sizes = [
+            local_numel(v, q, self.degree) * size(tensor(v).dtype) for v, q in zip(reads(node), s.inputs, strict=True)
+        ]
+        result = local_numel((node, 0), s.outputs[0], self.degree) * size(tensors(node)[0].dtype)
+        took = compute.node_seconds(node, s.inputs, s.outputs, self.degree, p.precision, p.device)
+        return sum(context.talk(node, sizes, result, p.context, (took.forward, took.backward), p.device))
 
     def saved(self, node: fx.Node, s: Strategy) -> float:
         kept, size = kept_by(node), self.prices.precision.itemsize

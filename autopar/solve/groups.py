@@ -49,7 +49,7 @@ def fleet_of(program: Program | Callable[[int], Program], cluster: Cluster, job:
     if job.batch is None:
         raise PlanError("the job has no batch; give its sequences and length")
     if job.pins.cp not in (None, 1):
-        raise PlanError(f"cp={job.pins.cp}: context parallelism is not available; leave cp at 1")
+        raise PlanError(f"cp={job.pins.cp}: context parallelism is not planned on unlike hosts; leave cp at 1")
     if isinstance(program, Program):
         check_pin(program, job.pins.recompute)
     return Fleet(program, cluster, setting_of(program, cluster, job), job)

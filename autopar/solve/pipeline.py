@@ -24,8 +24,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the outer search; ``variant``: which assignment along tp, by name; ``layout``: where the pipeline stands
-    on a cluster of unlike hosts."""
+    """One point of the outer search. ``variant``: which assignment along tp, by name; ``layout``: where the pipeline stands
+    on a cluster of unlike hosts; ``context``: how attention goes over cp, where that is more than 1."""
 
     mesh: MeshShape
     zero: int
@@ -35,6 +35,7 @@ class Candidate:
     virtual: int
     variant: str = ""
     layout: Layout | None = None
+    context: str = ""
 
     @property
     def stages(self) -> int:
@@ -87,7 +88,7 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
     holds = [profile.holds[k] for k in profile.kinds]
     between = {k: r for k, r in profile.outer.items() if 0 <= k < n}
     modes = max((len(r.saved) for r in regions), default=3)
-    dp, link = candidate.mesh.dp, setting.cluster.axis_link(candidate.mesh.within, "dp")
+    dp, link = candidate.mesh.copies, setting.cluster.axis_link(candidate.mesh.within, "dp")
     p, zero = setting.precision, candidate.zero
 
     def row(pick):  # noqa: ANN001, ANN202 - a number of a region
@@ -153,7 +154,7 @@ def travel(collective: Callable[[float, AxisLink], float], link: AxisLink, sizes
 def handling(candidate: Candidate, setting: Setting, trained: Array, frozen: Array) -> tuple[Array, Array]:
     """Seconds of a micro-batch, forward and backward, for moving parameters and gradients on the device itself."""
     accumulates = candidate.microbatches > 1 or candidate.mesh.pp > 1
-    sharding = Sharding(candidate.zero, candidate.mesh.dp_shard, setting.precision, setting.moments, accumulates)
+    sharding = Sharding(candidate.zero, candidate.mesh.sharing, setting.precision, setting.moments, accumulates)
     made = handled_bytes(sharding, trained, frozen)
     return tuple(along(lambda b: moving(setting.cluster.device, b), bytes) for bytes in made)  # type: ignore[return-value]
 
@@ -188,7 +189,7 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
     backward``.
     """
     mesh, p, zero = candidate.mesh, setting.precision, candidate.zero
-    dp, tp = setting.cluster.axis_link(mesh, "dp"), setting.cluster.axis_link(mesh, "tp")
+    dp, tp = setting.cluster.axis_link(mesh.merged, "dp"), setting.cluster.axis_link(mesh, "tp")
     within, across = (setting.cluster.axis_link(m, "dp") for m in (mesh.within, mesh.across))
     exposed = 0.0 * stage.trained
     delay = collective.contention(dp, setting.cluster.device)
@@ -198,15 +199,15 @@ def once_a_step(candidate: Candidate, setting: Setting, sharding: Sharding, stag
         if zero == 0:
             return travel(collective.all_reduce, dp, size)
         inside = travel(collective.gather, within, size) if zero == 1 else 0.0
-        return inside + travel(collective.all_reduce, across, size / mesh.dp_shard)
+        return inside + travel(collective.all_reduce, across, size / mesh.sharing)
 
-    if mesh.dp > 1 and (zero <= 1 or mesh.dp_replicate > 1):
+    if mesh.copies > 1 and (zero <= 1 or mesh.dp_replicate > 1):
         whole = reduced(stage.trained)
         hidden = 0.0 if zero == 1 and mesh.pp > 1 else stage.backward
         exposed = exposed + np.maximum(
             np.minimum(whole, reduced(stage.largest)), collective.behind(whole, hidden, delay)
         )
-    if mesh.dp > 1 and zero in (1, 2):
+    if mesh.copies > 1 and zero in (1, 2):
         fetch = travel(collective.gather, within, p.compute.itemsize * stage.all)
         first = travel(collective.gather, within, p.compute.itemsize * stage.largest)
         exposed = exposed + np.maximum(np.minimum(fetch, first), collective.behind(fetch, stage.forward, delay))

@@ -9,6 +9,7 @@ from autopar.ir.program import Program
 from autopar.plan.nodes import node_facts
 from autopar.plan.plan import (
     Bytes,
+    Context,
     Cost,
     ModelFacts,
     Plan,
@@ -20,8 +21,8 @@ from autopar.plan.plan import (
 from autopar.plan.plan import Search as SearchFacts
 from autopar.solve.assignment import Assignment, placeholders
 from autopar.solve.outcome import Outcome
+from autopar.solve.parts import Contexts, PartSource
 from autopar.solve.pipeline import Setting
-from autopar.solve.prepare import Source
 from autopar.solve.selections import Selections
 from autopar.spec.job import Batch
 
@@ -34,14 +35,15 @@ TIGHT = 0.9  # a device filled to this share of its limit counts as a binding co
 
 
 def document(
-    source: Source | Fleet, setting: Setting, batch: Batch, search: Search, count: int, seconds: float
+    source: Contexts | Fleet, setting: Setting, batch: Batch, search: Search, count: int, seconds: float
 ) -> PlanDocument:
     best = search.best
     assert best is not None
     c = best.candidate
     profile = source.profile(c)
-    assignment = source.assignment(c.mesh.tp, c.variant)
-    program = source.static(c.microbatch)
+    part = source.along(c) if isinstance(source, Contexts) else source
+    assignment = part.assignment(c.mesh.tp, c.variant)
+    program = part.static(c.microbatch)
     flops = profile.flops / (c.microbatch * batch.length)
     slack = assignment.bound / assignment.objective if assignment.objective > 0 else 1.0
     bound = min(search.bound, best.seconds) * min(1.0, slack)
@@ -49,7 +51,9 @@ def document(
     status = "time limit" if search.stopped else "optimal" if gap <= 0.01 else "feasible"
     return PlanDocument(
         model=facts(program, flops),
-        plan=plan(program, best, assignment, source),
+        plan=plan(
+            program, best, assignment, source, part.context(c.microbatch) if isinstance(part, PartSource) else None
+        ),
         cost=cost(best, source.peak(c, str(setting.precision.compute)), batch, flops),
         search=SearchFacts(
             seconds=seconds,
@@ -62,7 +66,7 @@ def document(
         ),
         runners_up=runners_up(search),
         binding=binding(best, setting),
-        nodes=node_facts(program, assignment, source.prices(c.mesh.tp)),
+        nodes=node_facts(program, assignment, part.prices(c.mesh.tp)),
         memory_limit=round(best.limits[best.fullest]),
         rank_bytes=best.held,
         title=str(source.job.model) if source.job.model is not None else "",
@@ -79,7 +83,9 @@ def facts(program: Program, flops: float) -> ModelFacts:
     )
 
 
-def plan(program: Program, best: Outcome, assignment: Assignment, source: Source | Fleet) -> Plan:
+def plan(
+    program: Program, best: Outcome, assignment: Assignment, source: Contexts | Fleet, context: Context | None
+) -> Plan:
     c, profile = best.candidate, source.profile(best.candidate)
     kinds, described = profile.kinds, Selections(profile)
     places = [source.place(c, s % c.mesh.pp) for s in range(len(best.parts))]
@@ -109,6 +115,7 @@ def plan(program: Program, best: Outcome, assignment: Assignment, source: Source
         placements=assignment.placements(program),
         unsplit=assignment.unsplit,
         recompute_groups=described.groups(program),
+        context=context,
     )
 
 
@@ -152,7 +159,7 @@ def runners_up(search: Search) -> tuple[RunnerUp, ...]:
     found: dict[tuple, Outcome] = {}
     for o in sorted(search.others, key=lambda o: o.seconds):
         c = o.candidate
-        found.setdefault((tuple(c.mesh.degrees.values()), c.zero, c.microbatch, c.schedule), o)
+        found.setdefault((tuple(c.mesh.degrees.values()), c.zero, c.microbatch, c.schedule, c.context), o)
     return tuple(
         RunnerUp(
             summary=summary(o),
@@ -176,8 +183,9 @@ def summary(o: Outcome) -> str:
     dp = f"{c.mesh.dp_replicate} × {c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else c.mesh.dp
     shares = c.layout.shares if c.layout is not None else ()
     where = "".join(f"{' → ' if i else ' · '}{s.cluster.groups[0].name}" for i, s in enumerate(shares))
+    cp = f" · cp {c.mesh.cp} ({c.context.replace('_', '-') or 'gathered keys'})" if c.mesh.cp > 1 else ""
     return (
-        f"tp {c.mesh.tp} · pp {c.mesh.pp} · dp {dp} · zero {c.zero} · micro-batch {c.microbatch} · {name} · "
+        f"tp {c.mesh.tp} · pp {c.mesh.pp} · dp {dp}{cp} · zero {c.zero} · micro-batch {c.microbatch} · {name} · "
         f"{again} of {total} blocks recomputed{where}"
     )
 

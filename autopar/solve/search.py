@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from autopar.cluster import Cluster
 from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.program import Program
-from autopar.plan.plan import Plan, PlanDocument
+from autopar.plan.plan import MeshShape, Plan, PlanDocument
 from autopar.solve import report, shortage
 from autopar.solve.mixing import whole_batches
 from autopar.solve.outcome import Outcome, outcome
+from autopar.solve.parts import Contexts
 from autopar.solve.pipeline import Candidate, Setting
-from autopar.solve.prepare import Source, setting_of
+from autopar.solve.prepare import setting_of
 from autopar.solve.saving import check_pin
 from autopar.solve.space import candidates, check_batch, meshes, no_schedule
 from autopar.solve.stages import mode_of
@@ -35,7 +36,7 @@ class Search:
     """The state of one search. ``full``: how many replicas of a state are known to be too many, where all else is alike
     (states that more devices share take less memory)."""
 
-    source: Source | Fleet
+    source: Contexts | Fleet
     setting: Setting
     best: Outcome | None = None
     others: list[Outcome] = field(default_factory=list)
@@ -139,29 +140,37 @@ def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Jo
     return report.document(source, setting, batch, search, len(found), took)
 
 
-def prepared(program: Program | Callable[[int], Program], cluster: Cluster, job: Job) -> tuple[Source, Setting, Batch]:
+def prepared(
+    program: Program | Callable[[int], Program], cluster: Cluster, job: Job
+) -> tuple[Contexts, Setting, Batch]:
     if job.batch is None:
         raise PlanError("the job has no batch; give its sequences and length")
     setting = setting_of(program, cluster, job)
     if isinstance(program, Program):
         check_pin(program, job.pins.recompute)
-    return Source(program, cluster, setting, job), setting, job.batch
+    return Contexts(program, cluster, setting, job), setting, job.batch
 
 
-def ordered(source: Source, setting: Setting, batch: Batch, pins: Pins) -> list[tuple[float, Candidate]]:
+def ordered(source: Contexts, setting: Setting, batch: Batch, pins: Pins) -> list[tuple[float, Candidate]]:
     """All candidates whose parameters alone do not exceed the memory, with a lower bound on their step; least first."""
     cluster = setting.cluster
-    grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins)
+    grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins, source.degrees())
     check_batch(batch, grids, pins)
-    found = []
-    for mesh in grids:
-        for variant in source.variants(mesh.tp):
-            for c in candidates(mesh, batch.sequences, source.calls, cluster.devices_per_host, pins, variant):
-                if source.could_fit(c):
-                    found.append((source.least(c), c))
+
+    def every(mesh: MeshShape, kind: str, variant: str) -> Iterator[Candidate]:
+        made = candidates(mesh, batch.sequences, source.calls, cluster.devices_per_host, pins, variant)
+        return (replace(c, context=kind) for c in made) if kind else made
+
+    points = [(m, kind) for m in grids for kind in source.kinds(m.cp)]
+    found = [
+        (source.least(c), c)
+        for mesh, kind in points
+        for variant in source.at(mesh.cp, kind).variants(mesh.tp)
+        for c in every(mesh, kind, variant)
+        if source.could_fit(c)
+    ]
     if not found:
-        legal = [c for m in grids for c in candidates(m, batch.sequences, source.calls, cluster.devices_per_host, pins,
-                                                      source.variants(m.tp)[0])]  # fmt: skip
+        legal = [c for m, kind in points for c in every(m, kind, source.at(m.cp, kind).variants(m.tp)[0])]
         if not legal:
             raise PlanError(no_schedule(batch, grids, pins))
         raise InfeasibleError(shortage.message(source, setting, batch, source.job, legal))
@@ -170,7 +179,19 @@ def ordered(source: Source, setting: Setting, batch: Batch, pins: Pins) -> list[
 
 def order(c: Candidate) -> tuple:
     """Ties are broken the same way every time: simpler plans first."""
-    return (c.mesh.pp, c.mesh.tp, c.zero, c.mesh.dp_replicate, c.virtual, c.schedule, -c.microbatch, c.variant)
+    mesh = c.mesh
+    return (
+        mesh.pp,
+        mesh.tp,
+        mesh.cp,
+        c.zero,
+        mesh.dp_replicate,
+        c.virtual,
+        c.schedule,
+        -c.microbatch,
+        c.variant,
+        c.context,
+    )
 
 
 def evaluate(program: Program | Callable[[int], Program], cluster: Cluster, job: Job, plan: Plan) -> PlanDocument:
@@ -188,18 +209,19 @@ def evaluate(program: Program | Callable[[int], Program], cluster: Cluster, job:
     return report.document(source, setting, batch, search, 1, time.perf_counter() - began)
 
 
-def plan_outcome(source: Source, plan: Plan) -> Outcome:
+def plan_outcome(source: Contexts, plan: Plan) -> Outcome:
     variant = source.adopt(plan)
     return outcome_of(source, plan, candidate_of(plan, variant))
 
 
 def candidate_of(plan: Plan, variant: str) -> Candidate:
-    return Candidate(
+    made = Candidate(
         plan.mesh, plan.zero, plan.microbatch, plan.microbatches, plan.schedule, plan.virtual_stages, variant
     )
+    return made if plan.context is None else replace(made, context=plan.context.attention)
 
 
-def outcome_of(source: Source | Fleet, plan: Plan, c: Candidate) -> Outcome:
+def outcome_of(source: Contexts | Fleet, plan: Plan, c: Candidate) -> Outcome:
     """What a candidate comes to with a plan's stages and recompute."""
     cutter = source.cutter(c)
     spans = [(s.blocks[0], s.blocks[1] + 1) for s in plan.stages]

@@ -102,9 +102,10 @@ def message(source: Source | Fleet, setting: Setting, batch: Batch, job: Job, le
     where = f" on stage {best.stage}" if c.stages > 1 else ""
     where += f" ({source.place(c, best.stage)[1]})" if cluster.uneven else ""
     hybrid = f", dp_shard={c.mesh.dp_shard}" if c.mesh.dp_replicate > 1 else ""
+    cp = f", cp={c.mesh.cp}" if c.mesh.cp > 1 else ""
     text = (
         f"no plan fits {cluster.name} ({cluster.devices} devices): {show_bytes(best.total)} per device needed at best{where} "
-        f"(tp={c.mesh.tp}, pp={c.mesh.pp}, dp={c.mesh.dp}{hybrid}, zero={c.zero}, microbatch={c.microbatch}, recompute "
+        f"(tp={c.mesh.tp}, pp={c.mesh.pp}, dp={c.mesh.dp}{hybrid}{cp}, zero={c.zero}, microbatch={c.microbatch}, recompute "
         f"{best.recompute}), {there}; {largest}"
     )
     ways = relaxations(source, setting, batch, job, best)
@@ -117,7 +118,7 @@ def relaxations(source: Source | Fleet, setting: Setting, batch: Batch, job: Job
     found = []
     free = {
         k
-        for k in ("tp", "pp", "dp", "dp_replicate", "dp_shard", "zero", "microbatch", "recompute", "schedule")
+        for k in ("tp", "pp", "dp", "dp_replicate", "dp_shard", "cp", "zero", "microbatch", "recompute", "schedule")
         if getattr(job.pins, k) is not None
     }
     if free and not setting.cluster.uneven:
@@ -156,7 +157,7 @@ def more_hosts(source: Source | Fleet, setting: Setting, batch: Batch, job: Job)
     for times in MORE_HOSTS:
         cluster = grown(setting.cluster, times)
         wider = replace(setting, cluster=cluster)
-        pins = job.pins.model_copy(update={"dp": None, "dp_replicate": None, "pp": None})
+        pins = job.pins.model_copy(update={"dp": None, "dp_replicate": None, "pp": None, "cp": None, "context": None})
         made = least_on(Source(source.program, cluster, wider, job), wider, cluster, batch, pins)
         if made is not None and made.total <= setting.limit:
             return f"{cluster.hosts} hosts ({show_bytes(made.total)} per device)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 from autopar.cost.timeline import rounds
 from autopar.errors import PlanError
@@ -20,13 +21,14 @@ def divisors(n: int) -> list[int]:
     )  # fmt: skip
 
 
-def meshes(devices: int, per_host: int, blocks: int, sequences: int, pins: Pins) -> list[MeshShape]:
-    """Every mesh that uses all devices. tp stays within a host unless it is pinned. Raises `PlanError` if there is none."""
-    if pins.cp not in (None, 1):
-        raise PlanError(f"cp={pins.cp}: context parallelism is not available; leave cp at 1")
-    product = (pins.tp or 1) * (pins.pp or 1) * (pins.dp or 1)
+def meshes(
+    devices: int, per_host: int, blocks: int, sequences: int, pins: Pins, contexts: Sequence[int] = (1,)
+) -> list[MeshShape]:
+    """Every mesh that uses all devices; ``contexts``: the degrees of cp. tp stays within a host unless it is pinned. Raises
+    `PlanError` if there is none."""
+    product = (pins.tp or 1) * (pins.pp or 1) * (pins.dp or 1) * (pins.cp or 1)
     if devices % product:
-        named = " · ".join(f"{k}={getattr(pins, k)}" for k in ("tp", "pp", "dp") if getattr(pins, k))
+        named = " · ".join(f"{k}={getattr(pins, k)}" for k in ("tp", "pp", "dp", "cp") if getattr(pins, k))
         raise PlanError(
             f"pins {named} take {product} devices a copy, which does not divide the {devices} devices there"
         )
@@ -35,13 +37,13 @@ def meshes(devices: int, per_host: int, blocks: int, sequences: int, pins: Pins)
     if split and (pins.tp or devices) == 1:
         raise PlanError(f"placements {', '.join(split)} need tp > 1")
     for tp in [pins.tp] if pins.tp else [d for d in divisors(devices) if d <= per_host and (d > 1 or not split)]:
-        for pp in [pins.pp] if pins.pp else divisors(devices // tp):
-            if devices % (tp * pp) or pp > max(1, blocks):
+        for cp, pp in itertools.product(contexts, [pins.pp] if pins.pp else divisors(devices // tp)):
+            if devices % (tp * pp * cp) or pp > max(1, blocks):
                 continue
-            dp = devices // (tp * pp)
+            dp = devices // (tp * pp * cp)
             parts = (pins.dp_shard or 1, pins.dp_replicate or 1)
             if pins.dp in (None, dp) and sequences % dp == 0 and not any(dp % part for part in parts):
-                found.append(MeshShape(pp=pp, dp=dp, tp=tp))
+                found.append(MeshShape(pp=pp, dp=dp, cp=cp, tp=tp))
     if not found:
         raise PlanError(impossible(devices, blocks, sequences, pins))
     return found
@@ -51,10 +53,11 @@ def impossible(devices: int, blocks: int, sequences: int, pins: Pins) -> str:
     """Why no mesh is left, with the numbers."""
     if pins.pp and pins.pp > max(1, blocks):
         return f"pp={pins.pp} needs at least {pins.pp} blocks; the model has {blocks}"
-    if pins.tp and pins.pp and pins.dp and pins.tp * pins.pp * pins.dp != devices:
-        total = pins.tp * pins.pp * pins.dp
-        return f"tp={pins.tp} · pp={pins.pp} · dp={pins.dp} = {total}, but there are {devices} devices"
-    model = (pins.tp or 1) * (pins.pp or 1)
+    cp = f" · cp={pins.cp}" if (pins.cp or 1) > 1 else ""
+    if pins.tp and pins.pp and pins.dp and pins.tp * pins.pp * pins.dp * (pins.cp or 1) != devices:
+        total = pins.tp * pins.pp * pins.dp * (pins.cp or 1)
+        return f"tp={pins.tp} · pp={pins.pp} · dp={pins.dp}{cp} = {total}, but there are {devices} devices"
+    model = (pins.tp or 1) * (pins.pp or 1) * (pins.cp or 1)
     shard = pins.dp_shard or pins.dp_replicate
     parts = f", and {shard} (dp_{'shard' if pins.dp_shard else 'replicate'}) divide the replicas" if shard else ""
     return (
@@ -83,9 +86,10 @@ def candidates(
 def shardings(mesh: MeshShape, per_host: int, pins: Pins) -> Iterator[tuple[MeshShape, int]]:
     """The mesh with every ZeRO stage, over all of dp and over every part of it that may share a state."""
     degrees = replicas(mesh, per_host, pins)
-    for zero in [pins.zero] if pins.zero is not None else [0] if mesh.dp == 1 else [0, 1, 2, 3]:
+    for zero in [pins.zero] if pins.zero is not None else [0] if mesh.copies == 1 else [0, 1, 2, 3]:
         for degree in degrees:
-            if mesh.dp == 1 or (degree == mesh.dp) == (zero == 0):
+            divided = degree < mesh.dp or mesh.cp > 1  # along cp states are divided always
+            if mesh.copies == 1 or (divided if zero else degree == mesh.dp):
                 yield mesh.model_copy(update={"dp_replicate": degree if zero else 1}), zero
 
 

@@ -188,7 +188,7 @@ class Cutter:
     def shown(self, root: Array, root_trained: Array, unit: Array, largest: Array) -> tuple[Array, Array]:
         """What shows of ZeRO's traffic in every micro-batch: the first gathers, the last reductions, the root's."""
         p, zero = self.setting.precision, self.candidate.zero
-        if self.candidate.mesh.dp == 1 or zero < 2:
+        if self.candidate.mesh.copies == 1 or zero < 2:
             return np.zeros_like(root), np.zeros_like(root)
         reduce = travel(collective.gather, self.within, p.reduce.itemsize * (root_trained + largest * (unit > 0)))
         if zero == 2:
@@ -362,7 +362,7 @@ def walk(links: list[Array], n: int) -> list[tuple[int, int]]:
 
 def sharding_of(candidate: Candidate, setting: Setting) -> Sharding:
     accumulates = candidate.microbatches > 1 or candidate.mesh.pp > 1
-    return Sharding(candidate.zero, candidate.mesh.dp_shard, setting.precision, setting.moments, accumulates)
+    return Sharding(candidate.zero, candidate.mesh.sharing, setting.precision, setting.moments, accumulates)
 
 
 def flights(candidate: Candidate) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ class Pins(Spec):
     """Decisions fixed by hand; None leaves one to the solver. ``microbatch``: sequences per replica per micro-batch.
 
     ``dp_shard``: among how many devices ZeRO divides; ``dp_replicate``: how many times that is done; dp is the product.
+    ``context``: how attention goes over cp: keys and values round a ring, or heads split by an all-to-all.
     ``placements``: globs of parameters and where they live along tp, ``R`` or ``S(0)``; a block's instances are alike.
     """
 
@@ -79,6 +80,7 @@ class Pins(Spec):
     dp_replicate: Count | None = None
     dp_shard: Count | None = None
     cp: Count | None = None
+    context: Literal["ring", "all_to_all"] | None = None
     zero: Literal[0, 1, 2, 3] | None = None
     microbatch: Count | None = None
     schedule: Schedule | None = None
@@ -112,8 +114,12 @@ class Pins(Spec):
         shard = self.dp_shard or (self.dp // self.dp_replicate if self.dp and self.dp_replicate else None)
         if self.zero == 0 and shard is not None and shard > 1:
             raise ValueError(f"zero 0 divides nothing; dp_shard {shard} goes with zero 1, 2 or 3")
-        if self.zero and shard == 1 and (self.dp or 1) > 1:
+        if self.zero and shard == 1 and (self.dp or 1) > 1 and self.cp in (None, 1):
             raise ValueError(f"dp_shard 1 divides nothing, which is zero 0, not zero {self.zero}")
+        if self.context and self.cp == 1:
+            raise ValueError(
+                f"context {self.context} goes over cp, which is pinned to 1; a larger cp, or no context, would be right"
+            )
         if self.sequence_parallel and self.tp == 1:
             raise ValueError(
                 "sequence_parallel splits over tp, which is pinned to 1; a larger tp, or false, would be right"

@@ -61,7 +61,7 @@ def source_of(name: str, **changes: Any) -> dict[str, Any]:
 
 def job_of(pins: dict[str, Any], sequences: int = 8, length: int = 16, **more: Any) -> Job:
     pins = {"tp": 1, "pp": 1, "dp": 1, "zero": 0, **pins}
-    devices = pins["tp"] * pins["pp"] * pins["dp"]
+    devices = pins["tp"] * pins["pp"] * pins["dp"] * pins.get("cp", 1)
     cluster = {"name": "local-cpu", "devices_per_host": devices, "hosts": 1, "links": [IDEAL_LINK]}
     return Job.model_validate(
         {

@@ -47,7 +47,7 @@ def axes_of(plan: Plan) -> list[tuple[str, int, str]]:
         else "one stage each"
     )
     sequence = "; between them activations are split over the sequence" if plan.sequence_parallel else ""
-    hybrid = f"; divided among {shape.dp_shard} each, {shape.dp_replicate} times" if shape.dp_replicate > 1 else ""
+    hybrid = f"; divided among {shape.sharing} each, {shape.dp_replicate} times" if shape.dp_replicate > 1 else ""
     found = [
         ("pp", shape.pp, f"pipeline ranks, {stages}"),
         ("dp", shape.dp, f"replicas of the model; {shards[zero]} (ZeRO {zero}){hybrid}"),

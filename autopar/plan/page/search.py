@@ -58,7 +58,7 @@ def _row(place: int, other: RunnerUp, best: float, most: float) -> Markup:
 
 def _zero(other: RunnerUp) -> str:
     """The ZeRO stage, and among how many of dp where that is not all of them."""
-    return str(other.zero) + (f" over {other.mesh.dp_shard}" if other.mesh.dp_replicate > 1 else "")
+    return str(other.zero) + (f" over {other.mesh.sharing}" if other.mesh.dp_replicate > 1 else "")
 
 
 def unsplit(document: PlanDocument) -> Markup:
