@@ -112,9 +112,10 @@ def batch_of(job: Job, devices: int) -> Batch:
     them and as many as every schedule of the pipeline takes."""
     assert job.batch is not None
     pins = job.pins
-    stages = pins.pp or 1
+    each = 2 if pins.schedule == "dualpipev" else 1  # stages of a device, each of which has a micro-batch at least
+    stages = (pins.pp or 1) * each
     alone = pins.tp is not None and pins.pp is not None  # then replicas are all that is left
-    replicas = pins.dp or (max(1, devices // (pins.tp * stages * (pins.cp or 1))) if alone and pins.tp else 1)
+    replicas = pins.dp or (max(1, devices // (pins.tp * (pins.pp or 1) * (pins.cp or 1))) if alone and pins.tp else 1)
     once = replicas * (pins.microbatch or 1) * stages
     chunks = 2 * (pins.cp or 1)  # of a sequence, in zigzag order
     length = max(16 // chunks, 1) * chunks

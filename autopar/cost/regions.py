@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import fx
 
 from autopar.cluster import AxisLink, Device
-from autopar.cost import collective, compute, context
+from autopar.cost import apart, collective, compute, context
 from autopar.cost.mixture import is_mixture, scratch
 from autopar.cost.operators import kept_by, local_shapes
 from autopar.cost.precision import Precision
@@ -64,7 +64,9 @@ class Region:
     Seconds: ``forward``, ``backward_input``, ``backward_weight`` of compute; ``forward_talk`` and ``backward_talk`` of
     collectives over tp. By recompute (none, selective, full, and selections of a block): ``saved``, bytes held from
     forward to backward; ``again`` and ``again_talk``, seconds of computing and of collectives once more; ``working``,
-    bytes at the peak while the part runs, beside what is saved.
+    bytes at the peak while the part runs, beside what is saved. Of a backward in two parts (`autopar.cost.apart`):
+    ``waiting``, bytes held between them beside what is saved; ``freed``, bytes of what is saved that are not; ``groups`` of
+    weights and ``steps`` of autograd's graph.
     """
 
     forward: float = 0.0
@@ -76,6 +78,10 @@ class Region:
     again: tuple[float, ...] = (0.0, 0.0, 0.0)
     again_talk: tuple[float, ...] = (0.0, 0.0, 0.0)
     working: tuple[float, ...] = (0.0, 0.0, 0.0)
+    waiting: float = 0.0
+    freed: float = 0.0
+    groups: int = 0
+    steps: int = 0
 
 
 class Measure:
@@ -240,8 +246,8 @@ class Measure:
         interior = sum(b for k, b in inside.items() if k not in outside) + mask
         return sum(outside.values()) + rest, again, talk, interior
 
-    def region(self) -> Region:
-        """All of it."""
+    def region(self, last: bool = False) -> Region:
+        """All of it. ``last``: a pipeline ends with it."""
         talks = self.talks()
         whole, extra = self.held(self.nodes)
         none = sum(whole.values()) + extra
@@ -263,6 +269,10 @@ class Measure:
             again=(0.0, s_again, f_again),
             again_talk=(0.0, s_talk, f_talk),
             working=(working, working + interior, working + none),
+            waiting=apart.waiting(self),
+            freed=apart.freed(self) if last else 0.0,
+            groups=apart.groups(self),
+            steps=apart.steps(self),
         )
 
     def accumulation(self) -> float:

@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-FORWARD, BACKWARD, WEIGHT = 0, 1, 2
-Action = tuple[int, int, int]
-"""(FORWARD, BACKWARD or WEIGHT, stage, micro-batch)."""
+from autopar.cost.schedules import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    V_SHAPED,
+    WEIGHT,
+    Action,
+    actions,
+    rounds,
+    stages_of,
+)
 
 SIMULATED = 4
 """So many rounds of micro-batches over the pipeline are simulated before the steady state is extrapolated."""
-SPLIT = frozenset({"interleavedzerobubble"})  # schedules that run the gradients of weights apart
 
 
 @dataclass(frozen=True)
@@ -27,70 +34,6 @@ class Timeline:
     events: tuple[tuple[int, Action, float, float], ...] = ()
 
 
-def rounds(microbatches: int, devices: int) -> int | None:
-    """Micro-batches in one round of an interleaved schedule; None where torch refuses the number."""
-    count = max(1, microbatches // devices)
-    return microbatches // count if microbatches % count == 0 else None
-
-
-@lru_cache(maxsize=512)
-def actions(schedule: str, devices: int, virtual: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:
-    """What every device does, in order. Source: torch.distributed.pipelining.schedules (2.13)."""
-    if schedule == "gpipe":
-        fill = [tuple((FORWARD, d, m) for m in range(microbatches)) for d in range(devices)]
-        return tuple(f + tuple((BACKWARD, d, m) for m in range(microbatches)) for d, f in enumerate(fill))
-    if schedule == "1f1b":
-        return tuple(one_forward_one_backward(d, devices, microbatches) for d in range(devices))
-    if schedule in ("interleaved1f1b", "interleavedzerobubble"):
-        return tuple(interleaved(d, devices, virtual, microbatches, schedule in SPLIT) for d in range(devices))
-    raise ValueError(f"no timeline for the schedule {schedule!r}")
-
-
-def one_forward_one_backward(device: int, devices: int, microbatches: int) -> tuple[Action, ...]:
-    warm = min(microbatches, devices - device)
-    order: list[Action] = [(FORWARD, device, m) for m in range(warm)]
-    for m in range(microbatches):
-        order.append((BACKWARD, device, m))
-        if warm + m < microbatches:
-            order.append((FORWARD, device, warm + m))
-    return tuple(order)
-
-
-def interleaved(device: int, devices: int, virtual: int, microbatches: int, split: bool) -> tuple[Action, ...]:
-    """torch's `_get_1f1b_rank_ops`; with ``split`` the gradients of weights run apart, ``device`` steps later."""
-    each = rounds(microbatches, devices)
-    if each is None:
-        raise ValueError(f"{microbatches} micro-batches are no multiple of the rounds over {devices} devices")
-    total = virtual * microbatches
-    warm = min((virtual - 1) * each + (1 if split else 2) * (devices - 1 - device), total)
-    done: dict[tuple[int, int], int] = {}
-    order: list[Action] = []
-    backwards: list[int] = []
-    weights = 0
-
-    def put(kind: int, local: int) -> int:
-        stage = local * devices + device
-        m = done.get((kind, stage), 0)
-        done[kind, stage] = m + 1
-        order.append((kind, stage, m))
-        return stage
-
-    for step in range(total + warm):
-        if step < total:
-            put(FORWARD, step // each % virtual)
-        if step >= warm:
-            local = virtual - 1 - (step - warm) // each % virtual
-            put(BACKWARD, local)
-            backwards.append(local)
-            if split and step - warm >= device:
-                put(WEIGHT, backwards[weights])
-                weights += 1
-    while split and weights < len(backwards):
-        put(WEIGHT, backwards[weights])
-        weights += 1
-    return tuple(order)
-
-
 @lru_cache(maxsize=4096)
 def in_flight(schedule: str, devices: int, virtual: int, microbatches: int) -> tuple[int, ...]:
     """For every stage, the most micro-batches whose activations a device holds of it at one time (each at its own peak)."""
@@ -98,37 +41,55 @@ def in_flight(schedule: str, devices: int, virtual: int, microbatches: int) -> t
         return (microbatches,) * devices
     if schedule == "1f1b":
         return tuple(min(microbatches, devices - d) for d in range(devices))
-    return tuple(max(counts[s] for counts in stage_counts(schedule, devices, virtual, microbatches, s % devices))
-                 for s in range(devices * virtual))  # fmt: skip
+    found = [0] * (devices * virtual)
+    for d in range(devices):
+        states = moments(schedule, devices, virtual, microbatches, d)
+        for i, s in enumerate(stages_of(schedule, devices, devices * virtual, d)):
+            found[s] = max(m.flying[i] for m in states)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A state of a device, for each of its stages: micro-batches in flight, from the forward to the end of the backward, and
+    how many of those wait for the gradients of weights alone. ``after``: for which of its stages a backward's
+    first part has just ended; otherwise (-1) some action begins."""
+
+    flying: tuple[int, ...]
+    waiting: tuple[int, ...]
+    after: int = -1
 
 
 @lru_cache(maxsize=4096)
-def stage_counts(
-    schedule: str, devices: int, virtual: int, microbatches: int, device: int
-) -> tuple[dict[int, int], ...]:
-    """The distinct states of a device: how many micro-batches of each of its stages are in flight."""
-    few = settled(microbatches, devices, virtual)
-    ends = WEIGHT if schedule in SPLIT else BACKWARD
-    now = {d * devices + device: 0 for d in range(virtual)}
-    seen: dict[tuple[int, ...], dict[int, int]] = {}
+def moments(schedule: str, devices: int, virtual: int, microbatches: int, device: int) -> tuple[Moment, ...]:
+    """The distinct states of a device in which a forward (already counted) or a backward begins, or has ended in part."""
+    few = settled(schedule, microbatches, devices, virtual)
+    place = {s: i for i, s in enumerate(stages_of(schedule, devices, devices * virtual, device))}
+    flying, waiting = [0] * len(place), [0] * len(place)
+    seen: dict[Moment, None] = {}
+
+    def see(after: int = -1) -> None:
+        seen.setdefault(Moment(tuple(flying), tuple(waiting), after))
+
     for kind, stage, _ in actions(schedule, devices, virtual, few)[device]:
+        i = place[stage]
         if kind == FORWARD:
-            now[stage] += 1
-            seen[tuple(now.values())] = dict(now)
-        elif kind == ends:
-            now[stage] -= 1
-    return tuple(seen.values())
+            flying[i] += 1
+            see()
+        elif kind == INPUT:
+            see()
+            waiting[i] += 1
+            see(after=i)
+        else:
+            flying[i] -= 1
+            waiting[i] -= kind == WEIGHT
+    return tuple(seen)
 
 
-def settled(microbatches: int, devices: int, virtual: int) -> int:
+def settled(schedule: str, microbatches: int, devices: int, virtual: int) -> int:
     """A smaller number of micro-batches with the same rounds, after which nothing new happens."""
-    if virtual > 1:
-        each = rounds(microbatches, devices)
-        if each is None:
-            return microbatches
-        if each != devices:  # rounds of another length: extrapolating would change them
-            return microbatches
-        return min(microbatches, SIMULATED * devices)
+    if virtual > 1 and schedule not in V_SHAPED and rounds(microbatches, devices) != devices:
+        return microbatches  # rounds of another length: extrapolating would change them
     return min(microbatches, SIMULATED * devices)
 
 
@@ -140,43 +101,40 @@ def simulate(
     devices: int,
     microbatches: int,
     *,
-    weight: Sequence[float] = (),
+    parts: Sequence[tuple[float, float]] = (),
     events: bool = False,
 ) -> Timeline:
-    """Seconds of ``microbatches`` through stages with these times; stage s runs on device s % devices.
+    """Seconds of ``microbatches`` through stages with these times; `device_of` says where a stage runs.
 
+    ``parts``: seconds of each stage's backward where the schedule runs it in two, for its inputs and for its weights.
     ``send[s]``: seconds from stage s to s + 1 (and back); sending does not keep a device busy, waiting does. Of many
     micro-batches some are simulated and the steady state is extrapolated, unless ``events`` are wanted.
     """
     virtual = len(forward) // devices
-    few = microbatches if events else settled(microbatches, devices, virtual)
-    done = run(schedule, forward, backward, send, devices, few, weight, events)
+    few = microbatches if events else settled(schedule, microbatches, devices, virtual)
+    done = run(schedule, forward, backward, send, devices, few, parts, events)
     if few == microbatches:
         return done
-    less = run(schedule, forward, backward, send, devices, few - devices, weight, False)
+    less = run(schedule, forward, backward, send, devices, few - devices, parts, False)
     more = (microbatches - few) / devices
     period = done.seconds - less.seconds
-    per = [
-        sum(forward[s] + backward[s] + (weight[s] if weight else 0.0) for s in range(d, len(forward), devices))
-        for d in range(devices)
-    ]  # noqa: E501
     return Timeline(
         done.seconds + more * period,
-        tuple(microbatches * p for p in per),
+        tuple(b + more * (b - c) for b, c in zip(done.busy, less.busy, strict=True)),
         tuple(e + more * period for e in done.ends),
     )
 
 
 def run(
     schedule: str, forward: Sequence[float], backward: Sequence[float], send: Sequence[float], devices: int,
-    microbatches: int, weight: Sequence[float], events: bool,
+    microbatches: int, parts: Sequence[tuple[float, float]], events: bool,
 ) -> Timeline:  # fmt: skip
     stages = len(forward)
     orders = actions(schedule, devices, stages // devices, microbatches)
     ended = [[math.nan] * (stages * microbatches) for _ in range(2)]
     free, at, busy = [0.0] * devices, [0] * devices, [0.0] * devices
     log: list[tuple[int, Action, float, float]] = []
-    cost = (forward, backward, weight)
+    cost = {FORWARD: forward, BACKWARD: backward, INPUT: [i for i, _ in parts], WEIGHT: [w for _, w in parts]}
     left = sum(map(len, orders))
     while left:
         moved = False
@@ -186,19 +144,19 @@ def run(
                 kind, stage, m = order[i]
                 if kind == FORWARD:
                     ready = ended[0][(stage - 1) * microbatches + m] + send[stage - 1] if stage else 0.0
-                elif kind == BACKWARD:
+                elif kind == WEIGHT:
+                    ready = 0.0
+                else:
                     own = ended[0][stage * microbatches + m]
                     after = ended[1][(stage + 1) * microbatches + m] + send[stage] if stage + 1 < stages else own
                     ready = after if after > own else own if after == after else after
-                else:
-                    ready = 0.0
                 if ready != ready:
                     break
                 begin = ready if ready > now else now
                 now = begin + cost[kind][stage]
                 busy[d] += cost[kind][stage]
                 if kind != WEIGHT:
-                    ended[kind][stage * microbatches + m] = now
+                    ended[kind != FORWARD][stage * microbatches + m] = now
                 if events:
                     log.append((d, order[i], begin, now))
                 i += 1

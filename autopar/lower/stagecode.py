@@ -16,7 +16,7 @@ from autopar.lower.declare import declaration, dtype_name
 from autopar.lower.localize import Localized, Localizer
 from autopar.lower.outer import runs
 from autopar.lower.reads import read_dtype
-from autopar.lower.stages import StageGraph, changes_in_place, free_nodes, memory_of
+from autopar.lower.stages import StageGraph, changes_in_place, free_nodes, memory_of, trains_beside
 from autopar.plan.plan import Plan
 from autopar.plan.text import zero_of
 from autopar.sharding.placement import Placement, local_shape
@@ -111,6 +111,7 @@ class StageWriter:
             "inputs": [n.meta["name"] for n in self.inputs()],
             "receives": [boundary(n) for n in self.stage.receives],
             "sends": [boundary(n) for n in self.stage.sends],
+            "beside": trains_beside(self.stage, self.program),
             "parameters": self.parameters,
             "buffers": self.buffers,
         }

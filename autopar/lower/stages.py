@@ -72,6 +72,23 @@ def copies(program: Program) -> set[fx.Node]:
     return found
 
 
+def trains_beside(stage: StageGraph, program: Program) -> bool:
+    """Whether gradients flow through something that depends on nothing the stage receives but on trained parameters: not in
+    a stage that receives nothing."""
+    reached, own = set(stage.receives), copies(program)
+    for node in stage.nodes if reached else ():
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+        elif node.op in ("call_function", "call_module") and node not in own and flowing(node):
+            return True
+    return False
+
+
+def flowing(node: fx.Node) -> bool:
+    flag = node.meta.get("requires_grad", False)
+    return any(flag) if isinstance(flag, (tuple, list)) else bool(flag)
+
+
 def random(node: fx.Node) -> bool:
     """Whether a node draws random numbers (it must then run once, in one place)."""
     tags = getattr(node.target, "tags", ())

@@ -72,13 +72,12 @@ def bytes_(document: PlanDocument) -> list[str]:
 
 
 def _ranks(document: PlanDocument, total: int) -> list[str]:
-    pp = document.plan.mesh.pp
+    plan = document.plan
+    pp = plan.mesh.pp
     if pp == 1:
         return []
-    peaks = [max(stage.peak_bytes for stage in document.plan.stages[rank::pp]) for rank in range(pp)]
-    names = [
-        f"pp {rank} {document.plan.stages[rank].group if document.plan.hosts else ''}".strip() for rank in range(pp)
-    ]
+    peaks = [max(plan.stages[s].peak_bytes for s in plan.stages_on(rank)) for rank in range(pp)]
+    names = [f"pp {rank} {plan.stages[rank].group if plan.hosts else ''}".strip() for rank in range(pp)]
     entries = ((name, peak, show_bytes(peak)) for name, peak in zip(names, peaks, strict=True))
     return ["bytes of every pipeline rank", *_rows(entries, max(total, *peaks))]
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from autopar.cost import schedules
+
 KINDS = ("none", "selective", "full")
 Recompute = Annotated[str, Field(pattern=r"^(none|selective|full|custom_[1-9][0-9]*)$")]
 """What of a block runs again in the backward pass: nothing, the attention core, all, or a selection the plan describes."""
@@ -96,10 +98,16 @@ class MeshShape(Frozen):
 
 
 class Seconds(Frozen):
-    """Seconds of one micro-batch through one stage."""
+    """Seconds of one micro-batch through one stage. ``weight``: those of the backward that the schedule runs apart, for the
+    gradients of weights; where there are some, the two parts together are ``backward``."""
 
     forward: float = 0.0
     backward: float = 0.0
+    weight: float = 0.0
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value or name != "weight"}
 
 
 class Stage(Frozen):
@@ -187,7 +195,7 @@ class Plan(Frozen):
     schedule: str = "1f1b"
     virtual_stages: int = 1
     sequence_parallel: bool = False
-    stages: tuple[Stage, ...]  # pp × virtual_stages entries, in the order of the blocks; stage i runs on pp rank i % pp
+    stages: tuple[Stage, ...]  # pp × virtual_stages entries, in the order of the blocks; `rank_of` says where
     choices: dict[str, dict[str, Choice]] = {}  # graph name ("program" or a block's) → node name → choice along tp
     placements: dict[str, str] = {}  # parameter → "S(0)@tp" or "R"
     unsplit: tuple[str, ...] = ()  # operators without a rule, replicated along tp
@@ -203,6 +211,24 @@ class Plan(Frozen):
                 if mode not in KINDS and mode not in known:
                     raise ValueError(f"recompute {mode} is not described in recompute_groups")
         return self
+
+    @property
+    def splits(self) -> bool:
+        """Whether the schedule runs the gradients of weights apart from those of a stage's inputs."""
+        return self.mesh.pp > 1 and self.schedule in schedules.SPLIT
+
+    @property
+    def v_shaped(self) -> bool:
+        """Whether the first pp rank has the first and the last stage."""
+        return self.mesh.pp > 1 and self.schedule in schedules.V_SHAPED
+
+    def rank_of(self, stage: int) -> int:
+        """The pp rank that runs a stage."""
+        return schedules.device_of(self.schedule, self.mesh.pp, stage)
+
+    def stages_on(self, rank: int) -> list[int]:
+        """The stages that a pp rank runs, in order."""
+        return schedules.stages_of(self.schedule, self.mesh.pp, len(self.stages), rank)
 
     @model_validator(mode="after")
     def _shards_something(self) -> Plan:

@@ -52,7 +52,7 @@ class Engine:
         self.world = World.join(self.plan.mesh, device)
         source = source or materialize.source_of(self.folder, self.manifest, build)
         materialize.check(self.manifest, source)
-        self.stages = [self._stage(read, i, source) for i in pipeline.stages_of(self.world.rank("pp"), self.plan)]
+        self.stages = [self._stage(read, i, source) for i in self.plan.stages_on(self.world.rank("pp"))]
         parts = [(entry, module) for _, entry, module in self.stages]
         self.held = held_by(parts, self.manifest, self.world)
         self.states = carried.carried_by(parts)

@@ -11,7 +11,6 @@ from autopar.errors import PlanError
 from autopar.plan.plan import Plan
 from autopar.runtime.manifest import Manifest
 from autopar.runtime.parameters import Held, copies
-from autopar.runtime.pipeline import stages_of
 from autopar.runtime.world import World
 
 EPSILON = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
@@ -23,14 +22,13 @@ class Sums:
     def __init__(self, held: list[Held], manifest: Manifest, plan: Plan, world: World):
         self.world = world
         self.partial = [h for h in held if h.entry.partial_gradient and h.entry.trainable and world.shape.tp > 1]
-        owner = {s: r for r in range(plan.mesh.pp) for s in stages_of(r, plan)}
         self.tied: list[tuple[list[Held], tuple[int, ...]]] = []
         for name, where in copies(manifest):
             if len({e.placement for _, e in where}) > 1:
                 raise PlanError(
                     f"{name} is tied but placed differently: {', '.join(sorted({e.placement for _, e in where}))}"
                 )
-            ranks = tuple(sorted({owner[stage] for stage, _ in where}))
+            ranks = tuple(sorted({plan.rank_of(stage) for stage, _ in where}))
             if len(ranks) > 1:
                 world.team(ranks)
             if any(e.trainable for _, e in where):

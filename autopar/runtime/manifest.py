@@ -88,13 +88,15 @@ class InputEntry(_Data):
 
 
 class StageEntry(_Data):
-    """One emitted stage: ``stages/<module>.py`` with a class ``Stage(tp)``."""
+    """One emitted stage: ``stages/<module>.py`` with a class ``Stage(tp)``. ``beside``: it trains something that what it
+    receives is not part of (a decoder's own embedding), so that its backward cannot run in two parts."""
 
     module: str
     units: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     receives: tuple[Boundary, ...] = ()
     sends: tuple[Boundary, ...] = ()
+    beside: bool = False
     parameters: tuple[ParameterEntry, ...] = ()
     buffers: tuple[BufferEntry, ...] = ()
 

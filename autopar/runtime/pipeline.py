@@ -14,10 +14,10 @@ from autopar.errors import PlanError
 from autopar.plan.plan import Plan
 from autopar.runtime import zero
 from autopar.runtime.manifest import Manifest, StageEntry
+from autopar.runtime.sending import Sender
 from autopar.runtime.world import World
 
 Microbatch = dict[str, torch.Tensor]
-V_SHAPED = {"zbvzerobubble", "dualpipev"}  # rank r holds stage r and, counted from the end, stage r
 
 
 class Runner(Protocol):
@@ -53,9 +53,8 @@ class Pipeline:
     """
 
     def __init__(self, stages: list[tuple[int, StageEntry, nn.Module]], plan: Plan, world: World):
-        split = plan.schedule in zero.SPLIT_BACKWARD
         self.scale = 1.0
-        self.stages = [_stage(i, e, m, plan, world, always_grad=split) for i, e, m in stages]
+        self.stages = [_stage(i, e, m, plan, world) for i, e, m in stages]
         kind = get_schedule_class(plan.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
         try:
@@ -68,6 +67,10 @@ class Pipeline:
         except ValueError as error:
             raise PlanError(f"schedule {plan.schedule} refuses the plan: {error}") from None
         assert single or isinstance(self.schedule, PipelineScheduleMulti)
+        for stage in self.stages:
+            if isinstance(stage, Sender):
+                before = plan.rank_of(max(0, stage.stage_index - 1))
+                stage.prepare(self.schedule.pipeline_order[before])
 
     def run(self, microbatches: list[Microbatch], scale: float) -> torch.Tensor | None:
         self.scale = scale
@@ -77,15 +80,10 @@ class Pipeline:
         losses: list[torch.Tensor] = []
         count = len(microbatches)
         self.schedule._step_microbatches([()] * count, microbatches, [None] * count, losses, return_outputs=False)
+        for stage in self.stages:
+            if isinstance(stage, Sender):
+                stage.finish()
         return torch.stack([x.detach() for x in losses]).sum() if losses else None
-
-
-def stages_of(rank: int, plan: Plan) -> list[int]:
-    """The (virtual) stages that a pp rank runs, in order."""
-    pp, count = plan.mesh.pp, len(plan.stages)
-    if plan.schedule in V_SHAPED and pp > 1:
-        return [rank, count - 1 - rank]
-    return list(range(rank, count, pp))
 
 
 def check(plan: Plan, manifest: Manifest) -> None:
@@ -101,12 +99,12 @@ def check(plan: Plan, manifest: Manifest) -> None:
         raise PlanError(f"virtual_stages={virtual} needs pp > 1")
     if pp > 1 and virtual > 1 and name in ("1f1b", "gpipe"):
         raise PlanError(f"schedule {name} runs one stage per device, not {virtual}; interleaved1f1b would be right")
-    if pp > 1 and name in V_SHAPED and virtual != 2:
+    if plan.v_shaped and virtual != 2:
         raise PlanError(f"schedule {name} needs virtual_stages=2; the plan has {virtual}")
-    zero.check(plan.zero, name, pp > 1 and plan.mesh.copies > 1)
+    zero.check(plan)
 
 
-class _Stage(PipelineStage):
+class _Summing(PipelineStage):
     """A stage whose sharded gradients are summed over replicas once, in the backward pass of the last micro-batch.
 
     Only for hidden FSDP modules: of a bare one torch's stage decides itself. Schedules that work with those run the
@@ -117,6 +115,32 @@ class _Stage(PipelineStage):
         assert isinstance(self.submod, zero.Hidden) and self.chunks is not None
         zero.sum_over_replicas(self.submod.module, bwd_chunk_id == self.chunks - 1)
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+
+class _SummingSender(_Summing, Sender):
+    """Both, where a rank has several stages."""
+
+
+class _Split(Sender):
+    """A stage whose backward the schedule runs in two parts, for its inputs and, later, for its weights.
+
+    ``whole``: all of the backward runs as the first part. For its blocks are recomputed, and the second part would recompute
+    them for every weight anew; or it trains what does not come from its inputs, which torch's first part does not see or
+    its second frees too early. (Stage 0 sends no gradient: torch runs all of its backward as the second.) The
+    gradients of inputs are let go when they are sent: torch's first part leaves them on the buffers until the next step.
+    """
+
+    whole = False
+
+    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **more: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward or self.whole, **more)
+        for received in self.args_recv_info[bwd_chunk_id]:
+            if received.buffer is not None:
+                received.buffer.grad = None
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if not self.whole:
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -141,28 +165,42 @@ def _enter(entry: StageEntry) -> Callable[..., Any]:
     return enter
 
 
-def _leave(entry: StageEntry) -> Callable[..., Any]:
-    """A hook: what is sent is contiguous and always a tuple."""
+class _NoView(torch.autograd.Function):
+    """The same memory as a tensor that is no view: the first part of a split backward detaches what a stage sends in place,
+    which views refuse, such as what a stage receives and hands on (torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.new_empty(0).set_(value)  # type: ignore[call-overload]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+def _leave(entry: StageEntry, split: bool) -> Callable[..., Any]:
+    """A hook: what is sent is contiguous and always a tuple; with ``split`` there are no views."""
 
     def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> tuple[torch.Tensor, ...]:
         values = result if isinstance(result, (tuple, list)) else (result,)
-        return tuple(v if v.is_contiguous() else v.contiguous() for v in values)
+        values = [v if v.is_contiguous() else v.contiguous() for v in values]
+        return tuple(_NoView.apply(v) if split and v._is_view() else v for v in values)
 
     return leave
 
 
-def _stage(
-    index: int, entry: StageEntry, module: nn.Module, plan: Plan, world: World, *, always_grad: bool
-) -> PipelineStage:
+def _stage(index: int, entry: StageEntry, module: nn.Module, plan: Plan, world: World) -> PipelineStage:
+    always_grad = plan.splits  # else the weights' part of a stage behind frozen ones would find no gradient
     if plan.zero >= 2 and world.shape.copies > 1:
         module = zero.Hidden(module)
     module.register_forward_pre_hook(_enter(entry), with_kwargs=True, prepend=True)
     last = index == len(plan.stages) - 1
     if not last:
-        module.register_forward_hook(_leave(entry))
+        module.register_forward_hook(_leave(entry, plan.splits))
     loss = (torch.empty((), device=world.device, requires_grad=True), torch.empty((), device=world.device))
-    kind = _Stage if isinstance(module, zero.Hidden) and world.shape.dp_replicate > 1 else PipelineStage
-    return kind(
+    kinds = (Sender, _SummingSender) if plan.schedule not in ("gpipe", "1f1b") else (PipelineStage, _Summing)
+    summing = isinstance(module, zero.Hidden) and world.shape.dp_replicate > 1
+    made = (_Split if plan.splits else kinds[summing])(
         module,
         index,
         len(plan.stages),
@@ -171,3 +209,6 @@ def _stage(
         output_args=loss if last else tuple(b.meta(world.device, always_grad) for b in entry.sends),
         group=world.group("pp"),
     )
+    if isinstance(made, _Split):
+        made.whole = index > 0 and (entry.beside or any(r != "none" for r in plan.stages[index].recompute))
+    return made

@@ -15,12 +15,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from autopar.errors import PlanError
+from autopar.plan.plan import Plan
 from autopar.runtime.manifest import ParameterEntry, StageEntry, dtype_of
 from autopar.runtime.world import World
 
 BUCKET = 25 * 2**20  # bytes that are sent together at least, as in torch's DistributedDataParallel
 FIRST_BUCKET = 2**20  # of the first ones, so that sending begins early
-SPLIT_BACKWARD = {"interleavedzerobubble", "zbvzerobubble", "dualpipev"}
 
 
 class Hidden(nn.Module):
@@ -35,10 +35,10 @@ class Hidden(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def check(zero: int, schedule: str, pipelined: bool) -> None:
+def check(plan: Plan) -> None:
     """Schedules that split the backward pass give wrong gradients with parameters that are gathered again."""
-    if pipelined and schedule in SPLIT_BACKWARD and zero > 1:
-        raise PlanError(f"schedule {schedule} works with zero=0 and zero=1 only; the plan has zero={zero}")
+    if plan.splits and plan.mesh.copies > 1 and plan.zero > 1:
+        raise PlanError(f"schedule {plan.schedule} works with zero=0 and zero=1 only; the plan has zero={plan.zero}")
 
 
 def shard(module: nn.Module, entry: StageEntry, zero: int, reduce: torch.dtype | None, world: World) -> None:

@@ -78,7 +78,7 @@ def profile(
     outer = {}
     for k in sorted({p for p in where.values()}):
         nodes = [n for n in program.graph.nodes if where.get(n) == k]
-        outer[k] = Measure(program, OUTER, nodes, assignment, prices).region()
+        outer[k] = Measure(program, OUTER, nodes, assignment, prices).region(last=k == len(calls))
     kinds = tuple(str(c.target) for c in calls)
     talks = [entering(program, c, assignment, prices) for c in calls]
     for k, (forward, backward) in enumerate(talks):

@@ -13,7 +13,8 @@ import numpy as np
 
 from autopar.cost.memory import states
 from autopar.cost.regions import RECOMPUTE
-from autopar.cost.timeline import SPLIT, stage_counts
+from autopar.cost.schedules import SPLIT
+from autopar.cost.timeline import moments
 from autopar.solve.blocks import BEFORE
 from autopar.solve.pipeline import Array, Blocks, Candidate, Setting
 from autopar.solve.stages import flights, sharding_of, total
@@ -77,7 +78,7 @@ def hopeless(b: Blocks, c: Candidate, setting: Setting, target: float) -> bool:
     lack = np.maximum(0.0, held + flight * (k * float(saves.whole.min()) + b.shared_bytes) - setting.limit)
     again = k * float(saves.surely.min()) + seconds_sparing(lack / flight, saves.rate)
     room = target - through - (c.microbatches - 1) * (ends + k * float((b.forward + b.backward).min()))
-    room = room - c.microbatches * again
+    room = np.where(np.isinf(again), -np.inf, room - c.microbatches * np.where(np.isinf(again), 0.0, again))
     room[held + flight * (k * float(saves.least.min()) + b.shared_bytes) > setting.limit] = -np.inf
     most = np.where(room >= 0, k, 0).max(axis=1)
     return bool(most.min() < 1 or most.sum() < n)
@@ -146,14 +147,13 @@ def lacking(b: Blocks, c: Candidate, setting: Setting, spans: Spans, saves: Kept
     whole, least = (over(row, spans).reshape(-1, p) for row in (saves.whole, saves.least))
     lack, worst = np.zeros(p), np.zeros(p)
     for d in range(p):
-        moments = counts(c.schedule, p, c.virtual, c.microbatches, d)
-        lack[d] = max(0.0, held[d] + float((moments @ whole[:, d]).max()) - setting.limit) / moments.max()
-        worst[d] = held[d] + float((moments @ least[:, d]).max()) - setting.limit
+        flying = counts(c.schedule, p, c.virtual, c.microbatches, d)
+        lack[d] = max(0.0, held[d] + float((flying @ whole[:, d]).max()) - setting.limit) / flying.max()
+        worst[d] = held[d] + float((flying @ least[:, d]).max()) - setting.limit
     return lack, worst
 
 
 @lru_cache(maxsize=4096)
 def counts(schedule: str, devices: int, virtual: int, microbatches: int, device: int) -> Array:
     """Micro-batches in flight of each of a device's stages (columns) at every distinct moment (rows)."""
-    seen = stage_counts(schedule, devices, virtual, microbatches, device)
-    return np.array([[n for _, n in sorted(moment.items())] for moment in seen], float)
+    return np.array([m.flying for m in moments(schedule, devices, virtual, microbatches, device)], float)

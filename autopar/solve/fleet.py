@@ -15,6 +15,7 @@ from autopar.cluster.layout import Layout, Layouts, Share
 from autopar.cost.memory import states
 from autopar.cost.regions import Prices
 from autopar.cost.saving import Selection
+from autopar.cost.schedules import device_of, stages_of
 from autopar.ir.program import Program
 from autopar.plan.plan import MeshShape
 from autopar.solve.assignment import Assignment
@@ -246,7 +247,7 @@ class Fleet:
         """Seconds that a step of this candidate takes at least."""
         most = max(self.largest(c.mesh.tp, c.variant), c.microbatch)
         each = [made.seconds * c.microbatch / most for made in self.totals(c, most)]
-        if c.virtual > 1:
+        if c.evenly:
             return c.microbatches / sum(1 / t for t in each)
         return fastest(each, c.microbatches)
 
@@ -254,15 +255,17 @@ class Fleet:
         """The cuts that make the longest stage as short as can be, and what a step takes at least with any cuts (with
         several stages to a device: with these)."""
         ranks, pp, m = self.of(c), c.mesh.pp, c.microbatches
-        if c.virtual > 1:
-            times = [ranks[s % pp][1].times(c) for s in range(c.stages)]
+        if c.evenly:
+            times = [ranks[device_of(c.schedule, pp, s)][1].times(c) for s in range(c.stages)]
             spans = self.spread((c.layout, c.variant, c.microbatch, c.stages), times)[1]
             if not spans:
                 return float("inf"), []
             taken = [sum(t[0][i:j]) for t, (i, j) in zip(times, spans, strict=True)]
             taken[0] += times[0][1]
             taken[-1] += times[-1][2]
-            return max(sum(taken[:d]) + m * sum(taken[d::pp]) for d in range(pp)), spans
+            ahead = [0.0] * pp if c.splits else [sum(taken[:d]) for d in range(pp)]
+            where = [stages_of(c.schedule, pp, c.stages, d) for d in range(pp)]
+            return max(ahead[d] + m * sum(taken[s] for s in on) for d, on in enumerate(where)), spans
         times = [self.rows(c, share, kind) for share, kind in ranks]
         longest, spans = self.spread((c.layout, c.variant, c.microbatch, c.mesh.dp_replicate, c.zero), times)
         if not spans:

@@ -9,7 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from autopar.cost.timeline import Timeline, simulate, stage_counts
+from autopar.cost.apart import in_two
+from autopar.cost.schedules import device_of, stages_of
+from autopar.cost.timeline import Moment, Timeline, moments, simulate
 from autopar.plan.plan import Bytes
 from autopar.solve.pipeline import Array, Candidate, once_a_step
 from autopar.solve.stages import Cutter, chained, mode_of
@@ -17,7 +19,8 @@ from autopar.solve.stages import Cutter, chained, mode_of
 
 @dataclass(frozen=True)
 class Part:
-    """One stage: blocks i … j-1, the recompute of each, seconds of a micro-batch, bytes it saves for one."""
+    """One stage: blocks i … j-1, the recompute of each, seconds of a micro-batch, bytes it saves for one. ``apart``: the
+    seconds of its backward's two parts, for its inputs and for its weights, where the schedule runs them apart."""
 
     blocks: tuple[int, int]
     recompute: tuple[int, ...]
@@ -25,6 +28,7 @@ class Part:
     backward: float
     talk: float
     saved: float
+    apart: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,14 @@ def settle(cutter: Cutter, spans: list[tuple[int, int]], best: float = float("in
     """The outcome of stages cut at ``spans``, or why there is none worth having: ``best`` seconds are reached already."""
     modes: list[tuple[int, ...]] = [()] * len(spans)
     owners: list[Device] = []
-    m = cutter.candidate.microbatches
-    for d in reversed(range(cutter.candidate.mesh.pp)):  # the last waits longest for its first micro-batch
+    c = cutter.candidate
+    m, last = c.microbatches, 0.0 if c.splits else 1.0  # none waits for a device that ends with gradients of weights
+    for d in reversed(range(c.mesh.pp)):  # the last waits longest for its first micro-batch
         ahead = sum(
-            float(cutter.at(s).over("forward", at) + cutter.at(s).over("backward", at))
+            float(cutter.at(s).over("forward", at) + last * cutter.at(s).over("backward", at))
             for s, at in enumerate(spans[:d])
         )
-        device = Device(cutter, spans, list(range(d, len(spans), cutter.candidate.mesh.pp)))
+        device = Device(cutter, spans, stages_of(c.schedule, c.mesh.pp, len(spans), d))
         once = sum(device.once())
         each = sum(float(c.forward) + float(c.backward) for c in device.cells)
         if ahead + m * each + once >= best:
@@ -88,8 +93,8 @@ def settle(cutter: Cutter, spans: list[tuple[int, int]], best: float = float("in
 
 
 def devices(cutter: Cutter, spans: list[tuple[int, int]]) -> list[Device]:
-    pp = cutter.candidate.mesh.pp
-    return [Device(cutter, spans, list(range(d, len(spans), pp))) for d in range(pp)]
+    c = cutter.candidate
+    return [Device(cutter, spans, stages_of(c.schedule, c.mesh.pp, len(spans), d)) for d in range(c.mesh.pp)]
 
 
 # ------------------------------------------------------------------ one device
@@ -109,17 +114,25 @@ class Device:
         self.cells = [cutter.measured(s, spans[s]) for s in stages]
         self.states = [cutter.states(cell) for cell in self.cells]
         self.buffers = [cutter.buffer(s, *spans[s]) for s in stages]
+        if c.evenly:
+            self.buffers = [b + cutter.sent(s, spans[s][1]) for s, b in zip(stages, self.buffers, strict=True)]
         self.stage_of = np.array([s for s in stages for _ in range(*spans[s])], int)
         self.index = np.array([k for s in stages for k in range(*spans[s])], int)
         self.saved = b.saved[:, self.index]
         self.working = b.working[:, self.index]
         self.seconds = (b.again + b.again_talk)[:, self.index]
         self.talk = b.again_talk[:, self.index]
-        if c.virtual == 1:
-            self.moments = np.array([[cutter.flight[s] for s in stages]], float)
+        if c.evenly:
+            states = moments(c.schedule, c.mesh.pp, c.virtual, c.microbatches, stages[0])
         else:
-            counts = stage_counts(c.schedule, c.mesh.pp, c.virtual, c.microbatches, stages[0])
-            self.moments = np.array([[n[s] for s in stages] for n in counts], float)
+            states = (Moment(tuple(cutter.flight[s] for s in stages), (0,) * len(stages)),)
+        self.moments = np.array([m.flying for m in states], float)
+        self.waits = np.array([m.waiting for m in states], float)
+        self.after = np.array([m.after for m in states])
+        self.splits = c.splits
+        self.freed = np.array([float(cell.freed) for cell in self.cells])
+        self.waiting = np.array([float(cell.waiting) for cell in self.cells]) - self.freed
+        self.waiting[[s == 0 for s in stages]] = 0.0
         self.member = np.array([self.stage_of == s for s in stages], float).reshape(len(stages), -1)
         self.beside = np.array([float(cell.fixed) for cell in self.cells])
         self.base = sum(s.parameters + s.gradients + s.optimizer for s in self.states) + sum(self.buffers)
@@ -130,13 +143,32 @@ class Device:
         """Bytes that each stage saves for one micro-batch."""
         return self.member @ self.saved[modes, np.arange(len(modes))] + self.beside
 
-    def works(self, modes: Array) -> float:
-        """Bytes at the peak of what runs, beside what is saved."""
-        return max(self.outside, float(self.working[modes, np.arange(len(modes))].max(initial=0.0)))
+    def worst(self, modes: Array) -> tuple[float, float]:
+        """At the schedule's worst moment, bytes that are saved, and bytes at the peak of what runs beside them.
+
+        The first part of a backward ends in its stage's first block. A stage whose blocks are recomputed runs its backward
+        whole, as soon as the first part is due; stage 0, which sends no gradient, as late as the second.
+        """
+        works = self.working[modes, np.arange(len(modes))].max(initial=0.0)
+        held = self.moments @ self.saves(modes)
+        if self.splits:
+            held = held + self.waits @ self.between(modes)
+        running = np.where(self.after < 0, max(self.outside, works), works + self.freed[self.after])
+        at = int(np.argmax(held + running))
+        return float(held[at]), float(running[at])
+
+    def between(self, modes: Array) -> Array:
+        """Bytes that each stage holds more for a micro-batch whose gradients of weights wait."""
+        whole = self.whole(modes)
+        return np.where(whole, -self.saves(modes), self.waiting)
+
+    def whole(self, modes: Array) -> Array:
+        """Which stages run their backward whole although the schedule has it in two parts."""
+        return np.array([s > 0 and bool((modes[self.stage_of == s] > 0).any()) for s in self.stages])
 
     def total(self, modes: Array) -> float:
         """Bytes at the worst moment of the schedule."""
-        return self.base + self.gathered + self.works(modes) + float((self.moments @ self.saves(modes)).max())
+        return self.base + self.gathered + sum(self.worst(modes))
 
     def lacks(self, modes: Array) -> bool:
         return self.total(modes) > self.cutter.setting.limit
@@ -207,17 +239,22 @@ class Device:
         chosen = np.array([m for s in self.stages for m in modes[s]], int)
         every = np.arange(len(chosen))
         again, talk, saved = self.seconds[chosen, every], self.talk[chosen, every], self.saves(chosen)
+        whole = self.whole(chosen)
         found = []
         for k, s in enumerate(self.stages):
             mine, cell = self.stage_of == s, self.cells[k]
+            backward = float(cell.backward) + float(again[mine].sum())
+            parts = float(cell.backward - cell.weight), float(cell.weight)
+            parts = in_two(parts, int(cell.groups), int(cell.steps), self.cutter.setting.cluster.device)
             found.append(
                 Part(
                     blocks=spans[s],
                     recompute=modes[s],
                     forward=float(cell.forward),
-                    backward=float(cell.backward) + float(again[mine].sum()),
+                    backward=backward,
                     talk=float(cell.talk) + float(talk[mine].sum()),
                     saved=float(saved[k]),
+                    apart=(0.0, backward) if s == 0 else (backward, 0.0) if whole[k] else parts,
                 )
             )
         return found
@@ -225,12 +262,13 @@ class Device:
     def bytes(self, modes: list[tuple[int, ...]]) -> Bytes:
         """The device's bytes at the peak, by kind."""
         chosen = np.array([m for s in self.stages for m in modes[s]], int)
+        saved, works = self.worst(chosen)
         return Bytes(
             parameters=round(sum(s.parameters for s in self.states)),
             gradients=round(sum(s.gradients for s in self.states)),
             optimizer=round(sum(s.optimizer for s in self.states)),
-            activations=round(float((self.moments @ self.saves(chosen)).max())),
-            transient=round(self.works(chosen) + sum(self.buffers) + self.gathered),
+            activations=round(saved),
+            transient=round(works + sum(self.buffers) + self.gathered),
         )
 
     def once(self) -> tuple[float, float]:
@@ -247,10 +285,10 @@ def outcome(
     c, owners = cutter.candidate, owners or devices(cutter, spans)
     made = {s: part for d in owners for s, part in zip(d.stages, d.parts(spans, modes), strict=True)}
     parts = [made[s] for s in range(len(spans))]
-    line = timeline(cutter, parts, [cutter.sending(s, span[1]) for s, span in enumerate(spans[:-1])])
+    line = timeline(cutter, parts, sends(cutter, spans))
     once = [d.once() for d in owners]
     talks = [c.microbatches * sum(parts[s].talk for s in d.stages) for d in owners]
-    busy = [c.microbatches * sum(parts[s].forward + parts[s].backward for s in d.stages) for d in owners]
+    busy = list(line.busy)
     step = max(end + shown + updating for end, (shown, updating) in zip(line.ends, once, strict=True))
     slowest = max(range(len(owners)), key=lambda d: (busy[d] + sum(once[d]), -d))
     held = [d.bytes(modes) for d in owners]
@@ -268,25 +306,26 @@ def outcome(
         bytes=held[fullest],
         held=tuple(held),
         limits=limits,
-        peaks=tuple(float(held[s % len(owners)].total) for s in range(len(parts))),
+        peaks=tuple(float(held[device_of(c.schedule, len(owners), s)].total) for s in range(len(parts))),
         slowest=slowest,
         fullest=fullest,
         timeline=line,
     )
 
 
-def timeline(cutter: Cutter, parts: list[Part], sends: list[float], *, events: bool = False) -> Timeline:
-    """The schedule with the stages' own times. A schedule that splits the backward gets weights' gradients apart."""
+def sends(cutter: Cutter, spans: list[tuple[int, int]]) -> list[float]:
+    """Seconds from every stage to the next; none to a stage of the same device."""
     c = cutter.candidate
-    backward = [p.backward for p in parts]
-    weight: list[float] = []
-    if c.schedule == "interleavedzerobubble":
-        share = cutter.at(0).blocks.weight_share
-        weight = [b * share for b in backward]
-        backward = [b - w for b, w in zip(backward, weight, strict=True)]
+    home = [device_of(c.schedule, c.mesh.pp, s) for s in range(len(spans))]
+    return [0.0 if home[s] == home[s + 1] else cutter.sending(s, spans[s][1]) for s in range(len(spans) - 1)]
+
+
+def timeline(cutter: Cutter, parts: list[Part], sends: list[float], *, events: bool = False) -> Timeline:
+    """The schedule with the stages' own times."""
+    c = cutter.candidate
     if c.mesh.pp == 1:
         total = c.microbatches * (parts[0].forward + parts[0].backward)
         return Timeline(total, (total,), (total,))
-    return simulate(
-        c.schedule, [p.forward for p in parts], backward, sends, c.mesh.pp, c.microbatches, weight=weight, events=events
-    )
+    apart = [p.apart for p in parts] if c.splits else []
+    forward, backward = [p.forward for p in parts], [p.backward for p in parts]
+    return simulate(c.schedule, forward, backward, sends, c.mesh.pp, c.microbatches, parts=apart, events=events)

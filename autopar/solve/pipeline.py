@@ -16,6 +16,7 @@ from autopar.cost.compute import moving
 from autopar.cost.memory import Sharding, handled_bytes, optimizer_bytes
 from autopar.cost.precision import Precision
 from autopar.cost.regions import Region
+from autopar.cost.schedules import SPLIT
 from autopar.plan.plan import MeshShape
 from autopar.solve.blocks import BEFORE, SHARED, Held, Profile
 
@@ -41,6 +42,16 @@ class Candidate:
     def stages(self) -> int:
         return self.mesh.pp * self.virtual
 
+    @property
+    def splits(self) -> bool:
+        """Whether the schedule runs the gradients of weights apart."""
+        return self.mesh.pp > 1 and self.schedule in SPLIT
+
+    @property
+    def evenly(self) -> bool:
+        """Whether stages are cut to take equally long, rather than each by its time and memory."""
+        return self.virtual > 1 or self.splits
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -58,8 +69,9 @@ class Setting:
 class Blocks:
     """Per block call (index last) the seconds and bytes of a candidate; times include what shows of ZeRO's traffic.
 
-    ``saved``, ``again`` and ``working`` have a row for each of none, selective, full, and the blocks' selections. ``first``,
-    ``last``, ``every`` are what the first stage, the last stage, and every stage have beside their blocks.
+    ``saved``, ``again`` and ``working`` have a row for each of none, selective, full, and the blocks' selections;
+    ``waiting``, ``groups`` and ``steps`` are those of a `Region`. ``first``, ``last``, ``every`` are what the first stage, the
+    last stage, and every stage have beside their blocks.
     """
 
     forward: Array
@@ -78,7 +90,10 @@ class Blocks:
     shared_bytes: float
     cuts: Array
     loose: tuple[tuple[Held, frozenset[int]], ...]
-    weight_share: float = 0.0  # of the backward: gradients of weights, which some schedules compute later
+    weight: Array  # of backward: gradients of weights, which some schedules compute later
+    waiting: Array
+    groups: Array
+    steps: Array
 
 
 def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
@@ -140,7 +155,10 @@ def blocks(profile: Profile, candidate: Candidate, setting: Setting) -> Blocks:
         shared_bytes=profile.shared_bytes,
         cuts=np.array(profile.cuts, float),
         loose=profile.loose,
-        weight_share=sum(r.backward_weight for r in regions) / max(float(backward.sum()), 1e-30) if n else 0.0,
+        weight=row(lambda r: r.backward_weight) + handled[1],
+        waiting=row(lambda r: r.waiting),
+        groups=row(lambda r: r.groups),
+        steps=row(lambda r: r.steps),
     )
 
 

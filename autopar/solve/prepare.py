@@ -15,6 +15,7 @@ from autopar.cost.memory import states
 from autopar.cost.precision import Precision
 from autopar.cost.regions import Prices, Region
 from autopar.cost.saving import Selection
+from autopar.cost.timeline import SIMULATED, simulate
 from autopar.errors import PlanError
 from autopar.ir.program import Program
 from autopar.plan.plan import MeshShape, Plan
@@ -38,6 +39,7 @@ SPLIT, WHOLE, GIVEN = "split", "whole", "given"
 PROMISE = (
     0.99  # equation (1) of `stages` may be above the schedule's own time where stages are unlike, by less than this
 )
+LONG = 10_000  # stages × micro-batches from which on no bound is simulated: it would take some hundredths of a second
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Source:
         self.profiles: dict[tuple[int, str, int], Profile] = {}
         self.sums: dict[tuple[int, str, int], Totals] = {}
         self.most: dict[tuple[int, str], int] = {}
+        self.ideals: dict[tuple, float] = {}
         self.cuts: dict[tuple, tuple[float, list[tuple[int, int]]]] = {}
         self.rows: dict[tuple[int, str, int], tuple[list[float], float, float]] = {}
         self.ready: dict[tuple, Blocks] = {}
@@ -199,7 +202,7 @@ class Source:
         base = c.microbatch if (c.mesh.tp, c.variant, c.microbatch) in self.sums else most
         made, scale = self.totals(c.mesh.tp, c.variant, base), c.microbatch / base
         total, block, m, p = made.seconds * scale, made.block * scale, c.microbatches, c.mesh.pp
-        even = total / (1 - (1 - 1 / m) ** p) if c.virtual == 1 else m * total / p
+        even = total / (1 - (1 - 1 / m) ** p) if not c.evenly else m * total / p
         if self.setting.recompute is None and self.calls:
             return max(even, m * block * (-(-self.calls // p)))
         return even
@@ -244,13 +247,13 @@ class Source:
     def carried(self, c: Candidate) -> float:
         """See `bounds.carried`; schedules of many micro-batches are extrapolated and come out up to 0.3 % too short, so a
         little less is promised."""
-        if c.virtual == 1:
+        if c.splits or not c.evenly:
             return 0.0
         return PROMISE * bounds.carried(self.blocks(c), c, self.setting, self.even(c)[1])
 
     def hopeless(self, c: Candidate, limit: float) -> bool:
         """Whether no cut of the candidate fits and takes less than ``limit``. See `bounds.hopeless`."""
-        return c.virtual == 1 and bounds.hopeless(self.blocks(c), c, self.setting, limit / PROMISE)
+        return not c.evenly and bounds.hopeless(self.blocks(c), c, self.setting, limit / PROMISE)
 
     def peak(self, c: Candidate, dtype: str) -> float:
         """Dense FLOP/s of all devices of a plan together."""
@@ -268,7 +271,11 @@ class Source:
         if key not in self.cuts:
             self.cuts[key] = balanced(*self.times(c), c.stages)
         longest, spans = self.cuts[key]
-        if c.virtual > 1:
+        if c.splits and c.stages * min(c.microbatches, SIMULATED * c.mesh.pp) <= LONG:
+            return PROMISE * self.ideal(c, spans), spans
+        if c.splits:
+            return self.least(c), spans
+        if c.evenly:
             return self.devicewise(c, spans), spans
         blocks, first, last = self.times(c)
         return PROMISE * (sum(blocks) + first + last + (c.microbatches - 1) * longest), spans
@@ -279,6 +286,25 @@ class Source:
         times[0] += first
         times[-1] += last
         return max(sum(times[:d]) + c.microbatches * sum(times[d :: c.mesh.pp]) for d in range(c.mesh.pp))
+
+    def ideal(self, c: Candidate, spans: list[tuple[int, int]]) -> float:
+        """The schedule's own time where gradients of weights run apart, with nothing but the blocks' work: sending, ZeRO,
+        recompute and the host only add to it. Stages that recompute, and so run whole, could be above it by a little."""
+        key = (c.mesh.tp, c.variant, c.microbatch, c.mesh.pp, c.virtual, c.schedule, c.microbatches)
+        if key not in self.ideals:
+            made, last = self.profile(c), len(spans) - 1
+            parts = [[made.regions[k] for k in made.kinds[i:j]] for i, j in spans]
+            parts[0] = [made.outer.get(BEFORE, Region()), *parts[0]]
+            parts[last] = [*parts[last], made.outer.get(self.calls, Region())]
+            forward = [sum(r.forward + r.forward_talk for r in stage) for stage in parts]
+            inputs = [sum(r.backward_input + r.backward_talk for r in stage) for stage in parts]
+            weight = [sum(r.backward_weight for r in stage) for stage in parts]
+            whole = [i + w for i, w in zip(inputs, weight, strict=True)]
+            apart = [(0.0, whole[0]), *list(zip(inputs, weight, strict=True))[1:]]
+            sends, pp = [0.0] * last, c.mesh.pp
+            done = simulate(c.schedule, forward, whole, sends, pp, c.microbatches, parts=apart)
+            self.ideals[key] = done.seconds
+        return self.ideals[key]
 
 
 def priced(prices: Prices) -> Prices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autopar.cost.schedules import device_of
 from autopar.cost.values import dims, flows, tensor, tensors
 from autopar.ir.program import Program
 from autopar.plan.nodes import node_facts
@@ -20,7 +21,7 @@ from autopar.plan.plan import (
 )
 from autopar.plan.plan import Search as SearchFacts
 from autopar.solve.assignment import Assignment, placeholders
-from autopar.solve.outcome import Outcome
+from autopar.solve.outcome import Outcome, Part
 from autopar.solve.parts import Contexts, PartSource
 from autopar.solve.pipeline import Setting
 from autopar.solve.selections import Selections
@@ -88,7 +89,7 @@ def plan(
 ) -> Plan:
     c, profile = best.candidate, source.profile(best.candidate)
     kinds, described = profile.kinds, Selections(profile)
-    places = [source.place(c, s % c.mesh.pp) for s in range(len(best.parts))]
+    places = [source.place(c, device_of(c.schedule, c.mesh.pp, s)) for s in range(len(best.parts))]
     return Plan(
         mesh=c.mesh,
         zero=c.zero,  # type: ignore[arg-type]
@@ -104,10 +105,10 @@ def plan(
                     described(kind, m) for kind, m in zip(kinds[slice(*p.blocks)], p.recompute, strict=True)
                 ),
                 peak_bytes=round(peak),
-                seconds=Seconds(forward=p.forward, backward=p.backward),
+                seconds=seconds_of(p, c.splits),
                 device=places[s][0],
                 group=places[s][1],
-                memory_limit=round(best.limits[s % c.mesh.pp]),
+                memory_limit=round(best.limits[device_of(c.schedule, c.mesh.pp, s)]),
             )
             for s, (p, peak) in enumerate(zip(best.parts, best.peaks, strict=True))
         ),
@@ -117,6 +118,12 @@ def plan(
         recompute_groups=described.groups(program),
         context=context,
     )
+
+
+def seconds_of(part: Part, splits: bool) -> Seconds:
+    if not splits:
+        return Seconds(forward=part.forward, backward=part.backward)
+    return Seconds(forward=part.forward, backward=sum(part.apart), weight=part.apart[1])
 
 
 def splits_sequence(program: Program, assignment: Assignment) -> bool:

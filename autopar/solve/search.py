@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from autopar.solve.parts import Contexts
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import setting_of
 from autopar.solve.saving import check_pin
-from autopar.solve.space import candidates, check_batch, meshes, no_schedule
+from autopar.solve.space import APART, WHOLE, candidates, check_batch, meshes, no_schedule
 from autopar.solve.stages import mode_of
 from autopar.spec.job import Batch, Job, Pins
 
@@ -56,7 +56,7 @@ class Search:
                 break
             if time.perf_counter() > until and self.best is not None:
                 self.stopped = True
-                self.bound = low
+                self.bound = min(self.bound, low)
                 break
             candidate = found[i][1]
             if sharpened < len(self.sharpenings):
@@ -84,11 +84,11 @@ class Search:
         if self.source.hopeless(candidate, limit):
             return
         cutter = self.source.cutter(candidate)
-        value, spans = cutter.cut() if candidate.virtual == 1 else self.source.even(candidate)
+        value, spans = self.source.even(candidate) if candidate.evenly else cutter.cut()
         if spans and self.source.promise * value >= limit * (1 - CLOSE):
             return
         made = self.source.settle(cutter, spans, limit) if spans else "full"
-        if made == "full" and (candidate.virtual > 1 or not spans):
+        if made == "full" and (candidate.evenly or not spans):
             self.full[alike] = candidate.mesh.dp_replicate
         if isinstance(made, str):
             return
@@ -109,7 +109,7 @@ class Search:
             if any(mesh == candidate.mesh for mesh, _ in looked):
                 continue
             cutter = self.source.cutter(candidate)
-            spans = cutter.cut()[1] if candidate.virtual == 1 else self.source.even(candidate)[1]
+            spans = self.source.even(candidate)[1] if candidate.evenly else cutter.cut()[1]
             made = self.source.settle(cutter, spans) if spans else "full"
             if isinstance(made, Outcome):
                 looked.add((candidate.mesh, candidate.zero))
@@ -135,9 +135,11 @@ def solve(program: Program | Callable[[int], Program], cluster: Cluster, job: Jo
     search.run(found, began + job.search.seconds)
     if search.best is None:
         raise InfeasibleError(shortage.message(source, setting, batch, job, [c for _, c in found]))
+    split = apart(source, setting, batch, job.pins, search.best.seconds * (1 - CLOSE))
+    search.run(split, began + job.search.seconds)
     search.compare(found, time.perf_counter() + COMPARING)
     took = time.perf_counter() - began
-    return report.document(source, setting, batch, search, len(found), took)
+    return report.document(source, setting, batch, search, len(found) + len(split), took)
 
 
 def prepared(
@@ -156,24 +158,50 @@ def ordered(source: Contexts, setting: Setting, batch: Batch, pins: Pins) -> lis
     cluster = setting.cluster
     grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins, source.degrees())
     check_batch(batch, grids, pins)
-
-    def every(mesh: MeshShape, kind: str, variant: str) -> Iterator[Candidate]:
-        made = candidates(mesh, batch.sequences, source.calls, cluster.devices_per_host, pins, variant)
-        return (replace(c, context=kind) for c in made) if kind else made
-
-    points = [(m, kind) for m in grids for kind in source.kinds(m.cp)]
     found = [
         (source.least(c), c)
-        for mesh, kind in points
-        for variant in source.at(mesh.cp, kind).variants(mesh.tp)
-        for c in every(mesh, kind, variant)
+        for mesh in grids
+        for kind, variant in variants(source, mesh)
+        for c in every(source, batch, pins, mesh, kind, variant)
         if source.could_fit(c)
     ]
     if not found:
-        legal = [c for m, kind in points for c in every(m, kind, source.at(m.cp, kind).variants(m.tp)[0])]
+        firsts = [(m, kind, source.at(m.cp, kind).variants(m.tp)[0]) for m in grids for kind in source.kinds(m.cp)]
+        legal = [c for m, kind, variant in firsts for c in every(source, batch, pins, m, kind, variant)]
         if not legal:
             raise PlanError(no_schedule(batch, grids, pins))
         raise InfeasibleError(shortage.message(source, setting, batch, source.job, legal))
+    return sorted(found, key=lambda f: (f[0], order(f[1])))
+
+
+def variants(source: Contexts, mesh: MeshShape) -> Iterator[tuple[str, str]]:
+    """Kinds of context parallelism, and assignments along tp, that a mesh has to choose from."""
+    yield from ((kind, v) for kind in source.kinds(mesh.cp) for v in source.at(mesh.cp, kind).variants(mesh.tp))
+
+
+def every(
+    source: Contexts, batch: Batch, pins: Pins, mesh: MeshShape, kind: str, variant: str, names: Sequence[str] = WHOLE
+) -> Iterator[Candidate]:
+    made = candidates(mesh, batch.sequences, source.calls, source.cluster.devices_per_host, pins, variant, names)
+    return (replace(c, context=kind) for c in made) if kind else made
+
+
+def apart(source: Contexts, setting: Setting, batch: Batch, pins: Pins, below: float) -> list[tuple[float, Candidate]]:
+    """Candidates that run the gradients of weights apart, of those that could take less than ``below`` seconds if no device
+    ever waited. So few are looked at, and the others cost one bound for all their schedules."""
+    cluster, found = setting.cluster, []
+    if pins.schedule is not None:
+        return []
+    grids = meshes(cluster.devices, cluster.devices_per_host, source.calls, batch.sequences, pins, source.degrees())
+    for mesh in grids:
+        for kind, variant in variants(source, mesh) if mesh.pp > 1 else ():
+            known: dict[tuple, float] = {}
+            for c in every(source, batch, pins, mesh, kind, variant, APART):
+                key = (c.mesh, c.zero, c.microbatch)
+                if key not in known:
+                    known[key] = source.least(c) if source.could_fit(c) else float("inf")
+                if known[key] < below:
+                    found.append((known[key], c))
     return sorted(found, key=lambda f: (f[0], order(f[1])))
 
 

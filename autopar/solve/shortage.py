@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from autopar.solve.outcome import devices
 from autopar.solve.pipeline import Candidate, Setting
 from autopar.solve.prepare import Source
 from autopar.solve.space import candidates, meshes
-from autopar.solve.stages import mode_name, mode_of, walk
+from autopar.solve.stages import Cutter, mode_name, mode_of, walk
 from autopar.spec.job import Batch, Job, Pins
 from autopar.spec.quantity import show_bytes
 
@@ -43,10 +44,13 @@ def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need
     """What a candidate could run with, with the least beside the memory of each stage's device; None if it cannot be cut."""
     cutter = source.cutter(candidate)
     n, stages = cutter.n, candidate.stages
-    if stages > max(1, n) or candidate.virtual > 1:
+    if stages > max(1, n):
         return None
     count = len(cutter.at(0).blocks.saved)
     modes = list(range(count)) if setting.recompute is None else [mode_of(setting.recompute, count)]
+    if candidate.evenly:
+        spans = source.even(candidate)[1]
+        return needed(cutter, spans, modes) if spans else None
     legal = np.triu(np.ones((n + 1, n + 1), bool), 1 if n else 0)
     best, links = np.full(n + 1, np.inf), []
     best[0] = 0.0
@@ -64,7 +68,11 @@ def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need
         best = np.min(value, axis=0)
     if not np.isfinite(best[n]):
         return None
-    spans = walk(links, n)
+    return needed(cutter, walk(links, n), modes)
+
+
+def needed(cutter: Cutter, spans: list[tuple[int, int]], modes: Sequence[int]) -> Need:
+    """The bytes of the device that needs most, each with the recompute that spares most."""
     found = []
     for s, device in enumerate(devices(cutter, spans)):
         options = [device.bytes([(k,) * (j - i) for i, j in spans]) for k in modes]
@@ -72,7 +80,7 @@ def need(source: Source | Fleet, setting: Setting, candidate: Candidate) -> Need
         limit = device.cutter.setting.limit
         found.append((options[which].total / limit, -s, limit, options[which], mode_name(modes[which])))
     _, stage, limit, made, mode = max(found, key=lambda f: f[:2])
-    return Need(float(made.total), limit, candidate, -stage, made, mode)
+    return Need(float(made.total), limit, cutter.candidate, -stage, made, mode)
 
 
 def smallest(source: Source | Fleet, setting: Setting, legal: list[Candidate]) -> Need | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from autopar.cost.timeline import rounds
+from autopar.cost.schedules import SPLIT, V_SHAPED, runs
 from autopar.errors import PlanError
 from autopar.plan.plan import MeshShape
 from autopar.solve.pipeline import Candidate
 from autopar.spec.job import Batch, Pins
 
 MOST_VIRTUAL = 8  # stages a device under interleaving: more only multiply messages
-KNOWN = ("gpipe", "1f1b", "interleaved1f1b", "interleavedzerobubble")
+WHOLE = ("1f1b", "gpipe", "interleaved1f1b")  # schedules whose backwards are whole, which the search begins with
+APART = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
 
 
 def divisors(n: int) -> list[int]:
@@ -68,17 +69,18 @@ def impossible(devices: int, blocks: int, sequences: int, pins: Pins) -> str:
 
 
 def candidates(
-    mesh: MeshShape, sequences: int, blocks: int, per_host: int, pins: Pins, variant: str
+    mesh: MeshShape, sequences: int, blocks: int, per_host: int, pins: Pins, variant: str, names: Sequence[str] = WHOLE
 ) -> Iterator[Candidate]:
-    """Every ZeRO stage (and how many devices share a state), micro-batch and schedule on a mesh."""
+    """Every ZeRO stage (and how many devices share a state), micro-batch and schedule on a mesh; schedules of ``names``
+    where none is pinned."""
     each = sequences // mesh.dp
     if pins.microbatch and each % pins.microbatch:
         return
     states = list(shardings(mesh, per_host, pins))
     for b in [pins.microbatch] if pins.microbatch else divisors(each):
-        for schedule, virtual in schedules(mesh.pp, each // b, blocks, pins):
+        for schedule, virtual in schedules(mesh.pp, each // b, blocks, pins, names):
             for shape, zero in states:
-                if schedule == "interleavedzerobubble" and zero > 1:
+                if schedule in SPLIT and zero > 1 and mesh.copies > 1:
                     continue  # wrong gradients, without a word (torch 2.13)
                 yield Candidate(shape, zero, b, each // b, schedule, virtual, variant)
 
@@ -108,23 +110,33 @@ def replicas(mesh: MeshShape, per_host: int, pins: Pins) -> list[int]:
     return [mesh.dp // s for s in sorted({1, *fits, mesh.dp}, reverse=True)]
 
 
-def schedules(pp: int, microbatches: int, blocks: int, pins: Pins) -> Iterator[tuple[str, int]]:
-    """Schedules with their stages per device, of those that torch runs with so many micro-batches. Zero-bubble schedules
-    only where they are pinned."""
-    if pins.schedule is not None and pins.schedule not in KNOWN:
-        raise PlanError(f"schedule {pins.schedule} cannot be planned; known here: {', '.join(KNOWN)}")
+def schedules(
+    pp: int, microbatches: int, blocks: int, pins: Pins, names: Sequence[str] = WHOLE
+) -> Iterator[tuple[str, int]]:
+    """Schedules with their stages per device, of those that torch runs with so many micro-batches."""
     if pp == 1:
         if pins.virtual_stages in (None, 1):
             yield pins.schedule or "1f1b", 1
         return
-    for name in [pins.schedule] if pins.schedule else ["1f1b", "gpipe", "interleaved1f1b"]:
-        if name in ("gpipe", "1f1b"):
-            if pins.virtual_stages in (None, 1) and (name == "gpipe" or microbatches >= pp):
-                yield name, 1
-        elif rounds(microbatches, pp) is not None:
-            for v in [pins.virtual_stages] if pins.virtual_stages else range(2, MOST_VIRTUAL + 1):
-                if v * pp <= blocks and (v > 1 or pins.schedule):
-                    yield name, v
+    for name in [pins.schedule] if pins.schedule else names:
+        if not runs(name, pp, microbatches):
+            continue
+        for v in virtual_stages(name, pins):
+            if v * pp <= blocks or v == 1:
+                yield name, v
+
+
+def virtual_stages(schedule: str, pins: Pins) -> list[int]:
+    """The stages per device that a schedule may have."""
+    if schedule in ("gpipe", "1f1b"):
+        found = [1]
+    elif schedule in V_SHAPED:
+        found = [2]
+    else:
+        found = [v for v in range(1, MOST_VIRTUAL + 1) if (v & (v - 1) == 0 if schedule in SPLIT else v > 1)]
+    if pins.virtual_stages is None or pins.virtual_stages in found:
+        return found if pins.virtual_stages is None else [pins.virtual_stages]
+    return [pins.virtual_stages] if pins.schedule == schedule and schedule not in ("gpipe", "1f1b", *V_SHAPED) else []
 
 
 def no_schedule(batch: Batch, found: list[MeshShape], pins: Pins) -> str:
@@ -140,6 +152,10 @@ def no_schedule(batch: Batch, found: list[MeshShape], pins: Pins) -> str:
     start = f"pins: {wanted or 'these pins'} cannot run with pp {mesh.pp} and {count} micro-batches"
     if count < mesh.pp:
         return f"{start}, of {share} sequences a replica; at least {mesh.pp} are needed, or schedule gpipe"
+    if pins.schedule == "dualpipev" and count < 2 * mesh.pp:
+        return f"{start}; dualpipev takes at least a micro-batch for each of its {2 * mesh.pp} stages"
+    if pins.schedule in SPLIT and (pins.zero or 0) > 1:
+        return f"{start}; schedules that run the gradients of weights apart take zero 0 and 1 only"
     return f"{start}; interleaved schedules take multiples of pp and no more stages than blocks"
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from autopar.cost import collective
 from autopar.cost.memory import Sharding, States, states
 from autopar.cost.regions import CUSTOM, RECOMPUTE, Region
-from autopar.cost.timeline import in_flight, stage_counts
+from autopar.cost.schedules import device_of, stages_of
+from autopar.cost.timeline import in_flight, moments
 from autopar.solve.blocks import BEFORE
 from autopar.solve.pipeline import Array, Blocks, Candidate, Setting, once_a_step, travel
 
@@ -34,7 +35,8 @@ At = tuple[int, int] | None
 class Span:
     """Stage s as [i, j] matrices (or, for one span, numbers): seconds of one micro-batch, elements, and bytes.
 
-    ``compute`` and ``talk`` add up to forward + backward. ``saved`` per micro-batch in flight and ``working`` have an
+    ``talk`` and ``weight`` are parts of forward and backward. ``waiting``, ``groups`` and ``steps`` are
+    those of a `Region`. ``saved`` per micro-batch in flight and ``working`` have an
     entry for each of none, selective, full; so has ``again`` (seconds). ``outside``: the working bytes without blocks'.
     """
 
@@ -51,6 +53,11 @@ class Span:
     partial: Array
     unit: Array
     largest: Array
+    weight: Array
+    waiting: Array
+    freed: Array
+    groups: Array
+    steps: Array
 
     @property
     def all(self) -> Array:
@@ -87,7 +94,8 @@ class Cutter:
     def rows(self) -> dict[str, Array]:
         b = self.blocks
         found = {"forward": b.forward, "backward": b.backward, "talk": b.talk, "trained": b.trained, "frozen": b.frozen,
-                 "partial": b.partial}  # fmt: skip
+                 "partial": b.partial, "weight": b.weight, "waiting": b.waiting, "groups": b.groups,
+                 "steps": b.steps}  # fmt: skip
         for mode in range(len(b.saved)):
             found |= {
                 f"saved{mode}": b.saved[mode],
@@ -183,6 +191,11 @@ class Cutter:
             partial=self.over("partial", at) + partial,
             unit=root + 2 * per,
             largest=largest,
+            weight=self.over("weight", at) + sum(e.backward_weight for e in ends),
+            waiting=self.over("waiting", at) + sum(e.waiting for e in ends),
+            freed=np.full_like(forward, sum(e.freed for e in ends)),
+            groups=self.over("groups", at) + sum(e.groups for e in ends),
+            steps=self.over("steps", at) + sum(e.steps for e in ends),
         )
 
     def shown(self, root: Array, root_trained: Array, unit: Array, largest: Array) -> tuple[Array, Array]:
@@ -211,6 +224,14 @@ class Cutter:
         m, stages = self.candidate.microbatches, self.candidate.stages
         got = (m - self.flight[s]) * self.received[i] * (s > 0) + m * self.received[j] * (s < stages - 1)
         return float(got) if stages > 1 else 0.0
+
+    def sent(self, s: int, j: int) -> float:
+        """Bytes of what stage s sends behind block j - 1, kept until the answer comes; to itself a device sends nothing."""
+        c = self.candidate
+        last = s == c.stages - 1
+        if last or device_of(c.schedule, c.mesh.pp, s) == device_of(c.schedule, c.mesh.pp, s + 1):
+            return 0.0
+        return float(self.flight[s] * self.received[j])
 
     def states(self, span: Span) -> States:
         return states(self.sharding, span.trained, span.frozen, span.unit, span.largest)
@@ -370,13 +391,12 @@ def flights(candidate: Candidate) -> tuple[int, ...]:
     c, pp = candidate, candidate.mesh.pp
     if pp == 1:
         return (1,)
-    if c.virtual == 1:
+    if c.virtual == 1 and not c.splits:
         return in_flight(c.schedule, pp, 1, c.microbatches)
     found = [0] * c.stages
     for d in range(pp):
-        fullest = max(
-            stage_counts(c.schedule, pp, c.virtual, c.microbatches, d), key=lambda counts: sum(counts.values())
-        )
-        for stage, count in fullest.items():
+        states = moments(c.schedule, pp, c.virtual, c.microbatches, d)
+        fullest = max((s.flying for s in states), key=sum)
+        for stage, count in zip(stages_of(c.schedule, pp, c.stages, d), fullest, strict=True):
             found[stage] = count
     return tuple(found)

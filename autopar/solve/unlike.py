@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from autopar.cluster.layout import Layout
+from autopar.cost.schedules import device_of
 from autopar.cost.timeline import simulate
 from autopar.solve.outcome import Outcome, Refusal, settle
 from autopar.solve.pipeline import Array, Candidate
@@ -44,8 +45,12 @@ class Mixed:
         """What does not differ between devices."""
         return self.parts[0].setting
 
+    def home(self, s: int) -> int:
+        """The pipeline rank of a stage."""
+        return device_of(self.candidate.schedule, self.candidate.mesh.pp, s)
+
     def at(self, s: int) -> Cutter:
-        return self.parts[self.layout.of[s % self.candidate.mesh.pp]]
+        return self.parts[self.layout.of[self.home(s)]]
 
     def sending(self, s: int, j: int) -> float:
         """Seconds to send a micro-batch from stage s, which ends before block j, to the next."""
@@ -59,8 +64,7 @@ class Mixed:
 
     def line(self, s: int) -> tuple[float, float]:
         """Latency and bandwidth from stage s to the next."""
-        pp = self.candidate.mesh.pp
-        a, b = (self.layout.of[k % pp] for k in (s, s + 1))
+        a, b = (self.layout.of[self.home(k)] for k in (s, s + 1))
         if a != b:
             link = self.layout.between(a, b)
         else:
@@ -72,7 +76,7 @@ class Mixed:
     def cell(self, s: int, i: int, j: int) -> tuple[float, float, float, float]:
         """Stage s with blocks i … j-1: forward, backward, recompute of a micro-batch, and seconds once a step."""
         c, part = self.candidate, self.at(s)
-        key = (self.layout.of[s % c.mesh.pp], s == 0, s == c.stages - 1)
+        key = (self.layout.of[self.home(s)], s == 0, s == c.stages - 1)
         if key not in self.matrices:
             span = part.span(s)
             part.terms(s)
@@ -180,7 +184,7 @@ def spread(times: list[Times]) -> tuple[float, Spans]:
 
 def improved(cutter: Mixed, spans: Spans, limit: float) -> Outcome | Refusal:
     """The outcome of the best cut that is found from ``spans``; a refusal where none is below ``limit`` seconds."""
-    if cutter.candidate.virtual > 1 or len(spans) == 1:
+    if cutter.candidate.evenly or len(spans) == 1:
         return settle(cutter, spans, limit)
     made = settle(cutter, spans, NEAR * limit)
     if math.comb(cutter.n - 1, len(spans) - 1) <= ALL_CUTS:

@@ -19,6 +19,7 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # Hugging 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _INTERLEAVED = ("interleaved1f1b", "interleavedzerobubble")
+_ZERO_BUBBLE = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
 BYTES_AND_SPECIAL = 260  # bytes, and the four special tokens of blank infilling
 _TWO_VIRTUAL = ("zbvzerobubble", "dualpipev")  # torch's V-shaped schedules have two stages on each rank
 
@@ -166,5 +167,10 @@ def _check_schedule(pins: Pins, degrees: dict[str, int], model: Sizes) -> None:
     if schedule in _TWO_VIRTUAL and virtual not in (None, 2):
         raise PlanError(f"pins: schedule {schedule} has virtual_stages 2, not {virtual}")
     pp = degrees.get("pp")
+    if schedule in _ZERO_BUBBLE and (pins.zero or 0) > 1 and pp != 1 and degrees.get("dp") != 1:
+        raise PlanError(
+            f"pins: zero {pins.zero} does not go with schedule {schedule}: it computes gradients of weights after torch has "
+            "divided the weights again, and loses some without a word; zero 0 and 1 do"
+        )
     if schedule in _TWO_VIRTUAL and pp is not None and model.blocks is not None and 2 * pp > model.blocks:
         raise PlanError(f"pins: {schedule} has 2 · pp {pp} = {2 * pp} stages, more than the {model.blocks} blocks")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.cost.timeline import actions, in_flight, rounds, run, simulate, stage_counts
+from autopar.cost.schedules import SPLIT, actions, rounds
+from autopar.cost.timeline import in_flight, moments, run, simulate
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -22,19 +23,41 @@ def test_interleaving_divides_the_bubble_by_the_stages_of_a_device(p: int, v: in
 
 def test_splitting_the_backward_shrinks_the_bubble() -> None:
     whole = simulate("interleaved1f1b", [0.5] * 8, [1.0] * 8, [0.0] * 8, 4, 16)
-    split = simulate("interleavedzerobubble", [0.5] * 8, [0.5] * 8, [0.0] * 8, 4, 16, weight=[0.5] * 8)
+    split = simulate("interleavedzerobubble", [0.5] * 8, [1.0] * 8, [0.0] * 8, 4, 16, parts=[(0.5, 0.5)] * 8)
     assert split.seconds < whole.seconds
     assert split.busy == pytest.approx(whole.busy)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b"])
-def test_extrapolating_the_steady_state_is_exact(schedule: str) -> None:
-    v = 2 if "inter" in schedule else 1
+@pytest.mark.parametrize(("p", "m"), [(2, 8), (4, 16), (8, 40), (4, 200)])
+@pytest.mark.parametrize(("f", "i", "w"), [(1.0, 1.0, 1.0), (1.0, 1.5, 0.8)])
+def test_a_zero_bubble_schedule_has_the_published_bubble(p: int, m: int, f: float, i: float, w: float) -> None:
+    """Qi et al. 2023 (arXiv:2401.10241), table 2: ZB-H1, which torch's schedule is with one stage a device, waits
+    (p - 1) · (F + I - W), where 1F1B waits (p - 1) · (F + I + W); a step of the first device has its whole backwards."""
+    done = simulate("interleavedzerobubble", [f] * p, [i + w] * p, [0.0] * p, p, m, parts=[(i, w)] * p)
+    assert done.seconds == pytest.approx(m * (f + i + w) + (p - 1) * (f + i - w))
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 9), (4, 8), (4, 16), (8, 64), (4, 301)])
+def test_a_v_of_equal_thirds_has_no_bubble_but_the_start(p: int, m: int) -> None:
+    """Qi et al. 2023, section 6: with F = I = W every device but the first waits for its first micro-batch alone, and ends
+    as much later; so no device waits between two of its actions."""
+    done = simulate("zbvzerobubble", [0.5] * 2 * p, [1.0] * 2 * p, [0.0] * 2 * p, p, m, parts=[(0.5, 0.5)] * 2 * p)
+    assert done.seconds == pytest.approx(3 * m + (p - 1) * 0.5)
+    assert done.ends == pytest.approx([3 * m + d * 0.5 for d in range(p)])
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved1f1b", *sorted(SPLIT)])
+@pytest.mark.parametrize("count", [200, 36])
+def test_extrapolating_the_steady_state_is_exact(schedule: str, count: int) -> None:
+    v = 1 if schedule in ("gpipe", "1f1b") else 2
     f = [1.0, 1.1, 0.9, 1.3] * v
     b = [2.0, 2.1, 1.8, 2.2] * v
+    parts = [(0.0, 2.0), *((0.6 * x, 0.5 * x) for x in b[1:])]
     send = [0.05] * (4 * v)
-    whole = run(schedule, f, b, send, 4, 200, (), False)
-    assert simulate(schedule, f, b, send, 4, 200).seconds == pytest.approx(whole.seconds, rel=1e-3)
+    whole = run(schedule, f, b, send, 4, count, parts, False)
+    found = simulate(schedule, f, b, send, 4, count, parts=parts)
+    assert found.seconds == pytest.approx(whole.seconds, rel=1e-3)
+    assert found.busy == pytest.approx(whole.busy, rel=1e-9)
 
 
 def test_one_forward_one_backward_holds_as_many_as_stages_follow() -> None:
@@ -49,22 +72,8 @@ def test_sending_delays_what_waits_for_it() -> None:
     assert slow >= fast + 2 * 3 * 0.5
 
 
-def test_torch_does_the_same_actions_in_the_same_order() -> None:
-    from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, _ComputationType
-
-    names = {_ComputationType.FORWARD: 0, _ComputationType.FULL_BACKWARD: 1}
-    for devices, virtual, count in [(2, 2, 4), (4, 2, 8), (4, 3, 8)]:
-        schedule = ScheduleInterleaved1F1B.__new__(ScheduleInterleaved1F1B)
-        schedule.n_local_stages, schedule.pp_group_size, schedule._n_microbatches = virtual, devices, count
-        schedule.microbatches_per_round = rounds(count, devices)  # type: ignore[assignment]
-        for d in range(devices):
-            theirs = [a for a in schedule._calculate_single_rank_operations(d) if a is not None]
-            ours = actions("interleaved1f1b", devices, virtual, count)[d]
-            assert [(names[a.computation_type], a.stage_index, a.microbatch_index) for a in theirs] == list(ours)
-
-
 def test_every_forward_has_its_backward_and_nothing_stays_in_flight() -> None:
-    for schedule, v in [("gpipe", 1), ("1f1b", 1), ("interleaved1f1b", 2), ("interleavedzerobubble", 2)]:
+    for schedule, v in [("gpipe", 1), ("1f1b", 1), ("interleaved1f1b", 2)]:
         for order in actions(schedule, 4, v, 8):
             kinds = [k for k, _, _ in order]
             assert kinds.count(0) == kinds.count(1) == 8 * v
@@ -72,9 +81,13 @@ def test_every_forward_has_its_backward_and_nothing_stays_in_flight() -> None:
 
 
 def test_a_device_holds_the_stages_it_runs() -> None:
-    for d in range(4):
-        for counts in stage_counts("interleaved1f1b", 4, 2, 16, d):
-            assert set(counts) == {d, d + 4}
+    """The first of four devices of a V has the first and the last stage."""
+    for moment in moments("interleaved1f1b", 4, 2, 16, 1):
+        assert len(moment.flying) == 2 and not any(moment.waiting) and moment.after < 0
+    most = max(moments("zbvzerobubble", 4, 2, 16, 0), key=lambda m: sum(m.flying))
+    assert (
+        sum(most.flying) == 8
+    )  # Qi et al. 2023, table 4: ZB-V holds as much as 1F1B, p micro-batches of a whole device
 
 
 def test_micro_batches_that_torch_refuses_have_no_rounds() -> None:

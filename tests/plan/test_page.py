@@ -166,9 +166,23 @@ def test_the_turn_of_a_long_gpipe_is_in_the_middle_window():
     assert middle.start < 256 * 0.5 + 3 * 0.5 < middle.end
 
 
-def test_a_schedule_without_a_simulation_is_said_to_have_no_drawing():
-    tree = shown(document(pp=4, virtual=2, plan={"schedule": "dualpipev"}))
-    assert "The schedule dualpipev has no simulation to draw" in tree.text and not tree.classed("pipeline")
+@pytest.mark.parametrize(
+    ("schedule", "virtual"), [("interleavedzerobubble", 2), ("zbvzerobubble", 2), ("dualpipev", 2)]
+)
+def test_gradients_of_weights_are_drawn_apart(schedule, virtual):
+    doc = document(pp=4, virtual=virtual, plan={"schedule": schedule, "microbatches": 8})
+    tree = shown(doc)
+    boxes = [a for e, a in tree.elements if e == "rect" and "data-m" in a]
+    drawn = {(a["class"][0], a["data-m"], a["data-s"]) for a in boxes}
+    for s in range(4 * virtual):
+        apart = {m for k, m, stage in drawn if k == "w" and stage == str(s)}
+        assert apart == {str(m) for m in range(8)} or schedule == "dualpipev"
+    assert "gradients of weights" in tree.text and len(drawn) == len(boxes)
+
+
+def test_a_v_has_the_first_and_the_last_stage_on_its_first_rank():
+    tree = shown(document(pp=4, virtual=2, plan={"schedule": "zbvzerobubble", "microbatches": 8}))
+    assert "rank 0 · stages 0, 7" in tree.text and "rank 3 · stages 3, 4" in tree.text
 
 
 def test_one_stage_needs_no_drawing():

@@ -29,6 +29,11 @@ def job(model: object = TINY, sequences: int = 64, length: int = 32, **pins: obj
         ({"pp": 2, "virtual_stages": 4}, "pp 2 · virtual_stages 4 = 8 stages are more than the model's 4 blocks"),
         ({"pp": 2, "virtual_stages": 2, "schedule": "1f1b"}, "needs schedule interleaved1f1b"),
         ({"pp": 4, "schedule": "zbvzerobubble"}, "2 · pp 4 = 8 stages"),
+        ({"pp": 2, "schedule": "zbvzerobubble", "zero": 2}, "zero 2 does not go with schedule zbvzerobubble"),
+        (
+            {"pp": 2, "dp": 4, "schedule": "interleavedzerobubble", "zero": 3},
+            "loses some without a word; zero 0 and 1 do",
+        ),
         ({"pp": 2, "schedule": "dualpipev", "virtual_stages": 1}, "has virtual_stages 2, not 1"),
         ({"cp": 8, "tp": 1, "pp": 1, "dp": 1}, "cp 8 does not divide the batch's length of 36"),
     ],
@@ -54,6 +59,8 @@ def test_a_degree_that_divides_neither_heads_nor_hidden_is_refused_and_others_ar
 def test_possible_pins_pass():
     check_job(job(**{**DEGREES, "dp": 8, "microbatch": 2, "zero": 3}))
     check_job(job(pp=2, virtual_stages=2, schedule="interleaved1f1b"))
+    check_job(job(pp=2, zero=1, schedule="zbvzerobubble"))
+    check_job(job(pp=2, dp=1, zero=3, schedule="zbvzerobubble"))
     check_job(job())
 
 

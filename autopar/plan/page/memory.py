@@ -42,12 +42,12 @@ def rank_bytes(document: PlanDocument) -> list[Bytes | None]:
 
 def stages_of(plan: Plan, rank: int) -> list[Stage]:
     """The virtual stages that run on a pp rank."""
-    return list(plan.stages[rank :: plan.mesh.pp])
+    return [plan.stages[s] for s in plan.stages_on(rank)]
 
 
 def label_of(plan: Plan, rank: int) -> str:
     """``stage 3``, or ``rank 3 · stages 3, 11, 19`` where a rank has several."""
-    stages = range(rank, len(plan.stages), plan.mesh.pp)
+    stages = plan.stages_on(rank)
     if len(stages) == 1:
         return f"stage {rank}"
     return f"rank {rank} · stages {', '.join(map(str, stages))}"

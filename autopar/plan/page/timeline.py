@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autopar.cost.timeline import BACKWARD, FORWARD, SPLIT, Action, Timeline, simulate
+from autopar.cost.schedules import BACKWARD, FORWARD, INPUT, Action
+from autopar.cost.timeline import Timeline, simulate
 from autopar.plan.page.html import Markup, joined, legend, section, tag
 from autopar.plan.page.memory import label_of
 from autopar.plan.plan import Plan, PlanDocument
@@ -17,7 +18,7 @@ DIGIT = 6.4  # what a digit of a micro-batch's number takes; boxes that are too 
 BOXES = 100  # a row with at most so many boxes is drawn whole
 PERIODS = 26.0  # a window shows at most the time of so many micro-batches
 Event = tuple[int, Action, float, float]
-CLASSES = ("f", "b", "w")
+CLASSES = ("f", "b", "w", "b")
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,19 @@ def timeline(document: PlanDocument) -> Markup:
         note = f"One stage: {plan.microbatches} micro-batches one after another, {times} each; no device waits for another."
         return section("timeline", "Pipeline", note)
     done = simulated(plan)
-    if done is None:
-        note = f"The schedule {plan.schedule} has no simulation to draw; its costs are in the ledger."
-        return section("timeline", "Pipeline", note)
     windows = windows_of(plan, done)
     waiting = 1 - sum(done.busy) / (len(done.busy) * done.seconds) if done.seconds else 0.0
     note = (
         f"{plan.microbatches} micro-batches through {len(plan.stages)} stages by {plan.schedule}, drawn from the stages' own "
         f"seconds, sending left out: {show_seconds(done.seconds)}, of which ranks wait {waiting:.1%}."
     )
-    if plan.schedule in SPLIT:
-        note += " Gradients of weights are drawn as half of the backward."
+    if plan.splits:
+        note += (
+            " Gradients of weights are drawn where the schedule computes them, apart from those of a stage's inputs."
+        )
     if len(windows) > 1:
         note += " The beginning, a piece of the middle and the end are drawn; what lies between goes on alike."
-    kinds = [("f", "forward"), ("b", "backward"), *([("w", "gradients of weights")] if plan.schedule in SPLIT else [])]
+    kinds = [("f", "forward"), ("b", "backward"), *([("w", "gradients of weights")] if plan.splits else [])]
     seconds = [[show_seconds(s.seconds.forward), show_seconds(s.seconds.backward)] for s in plan.stages]
     data = tag("script", Markup(json.dumps(seconds)), type="application/json", id="stage-seconds")
     return section(
@@ -62,21 +62,18 @@ def timeline(document: PlanDocument) -> Markup:
     )
 
 
-def simulated(plan: Plan) -> Timeline | None:
-    """The plan's schedule with every event; None for a schedule without a simulation."""
+def simulated(plan: Plan) -> Timeline:
+    """The plan's schedule with every event."""
     forward = [s.seconds.forward for s in plan.stages]
     backward = [s.seconds.backward for s in plan.stages]
     if not all(f + b > 0 for f, b in zip(forward, backward, strict=True)):
         forward, backward = [1.0] * len(forward), [2.0] * len(backward)
-    weight = [b / 2 for b in backward] if plan.schedule in SPLIT else []
-    backward = [b / 2 for b in backward] if weight else backward
+    weight = [s.seconds.weight for s in plan.stages]
+    if plan.splits and not any(weight):
+        weight = [b if i == 0 else b / 2 for i, b in enumerate(backward)]
+    parts = [(b - w, w) for b, w in zip(backward, weight, strict=True)] if plan.splits else []
     sends = [0.0] * (len(forward) - 1)
-    try:
-        return simulate(
-            plan.schedule, forward, backward, sends, plan.mesh.pp, plan.microbatches, weight=weight, events=True
-        )
-    except ValueError:
-        return None
+    return simulate(plan.schedule, forward, backward, sends, plan.mesh.pp, plan.microbatches, parts=parts, events=True)
 
 
 def windows_of(plan: Plan, done: Timeline) -> list[Window]:
@@ -85,7 +82,7 @@ def windows_of(plan: Plan, done: Timeline) -> list[Window]:
         return _laid([(0.0, done.seconds)])
     period = max(done.busy) / plan.microbatches
     most = PERIODS / max(1, plan.virtual_stages) * period
-    first = max(min((e for _, (k, _, _), _, e in done.events if k == BACKWARD), default=0.0), 0.0)
+    first = max(min((e for _, (k, _, _), _, e in done.events if k in (BACKWARD, INPUT)), default=0.0), 0.0)
     filled = max(_first_backward(done, d) for d in range(len(done.busy)))
     drained = min(_last_forward(done, d) for d in range(len(done.busy)))
     head = min(filled + period, most)
@@ -99,7 +96,7 @@ def windows_of(plan: Plan, done: Timeline) -> list[Window]:
 
 
 def _first_backward(done: Timeline, device: int) -> float:
-    return min(end for d, (kind, _, _), _, end in done.events if d == device and kind == BACKWARD)
+    return min(end for d, (kind, _, _), _, end in done.events if d == device and kind in (BACKWARD, INPUT))
 
 
 def _last_forward(done: Timeline, device: int) -> float:
@@ -156,7 +153,7 @@ def _boxes(plan: Plan, events: list[Event], window: Window) -> Iterator[Markup]:
         if end <= window.start or start >= window.end:
             continue
         x, width = window.at(start), window.at(end) - window.at(start)
-        tone = stage // plan.mesh.pp % 4
+        tone = plan.stages_on(plan.rank_of(stage)).index(stage) % 4
         look = {"cls": f"{CLASSES[kind]} v{tone}", "data_m": microbatch, "data_s": stage}
         yield tag("rect", x=x, y=2, width=max(0.4, width - 0.6), height=ROW - 4, **look)
         if width >= DIGIT * (len(str(microbatch)) + 1) and start >= window.start and end <= window.end:
