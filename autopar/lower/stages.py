@@ -73,13 +73,15 @@ def copies(program: Program) -> set[fx.Node]:
 
 
 def trains_beside(stage: StageGraph, program: Program) -> bool:
-    """Whether gradients flow through something that depends on nothing the stage receives but on trained parameters: not in
-    a stage that receives nothing."""
+    """Whether gradients flow through something that depends on nothing the stage receives but on trained parameters, beyond
+    views and casts of a single one: not in a stage that receives nothing."""
     reached, own = set(stage.receives), copies(program)
     for node in stage.nodes if reached else ():
         if any(n in reached for n in node.all_input_nodes):
             reached.add(node)
-        elif node.op in ("call_function", "call_module") and node not in own and flowing(node):
+            continue
+        alone = node in own and len(node.all_input_nodes) == 1
+        if node.op in ("call_function", "call_module") and not alone and flowing(node):
             return True
     return False
 
