@@ -190,7 +190,8 @@ def test_the_ledger_adds_up_and_bytes_are_of_the_fullest_beside_its_limit(pins: 
 
 
 def test_groups_of_like_hosts_plan_as_one_cluster_of_them() -> None:
-    program, asked = gpt(layers=8), job()
+    """As many stages as groups: a stage stays in its group, so replicas over both are not offered."""
+    program, asked = gpt(layers=8), job(pins={"pp": 2})
     one = solve(program, Cluster.load({**group(FAST, 2, 2), "name": "c"}), asked)
     two = solve(program, unlike(group(FAST, 2, name="a"), group(FAST, 2, name="b")), asked)
     assert two.cost.step_seconds == pytest.approx(one.cost.step_seconds, rel=1e-2)
