@@ -52,8 +52,10 @@ class Fp8(Pass):
 
     @pydantic.model_validator(mode="after")
     def goes_with_the_recipe(self) -> Fp8:
-        if self.recipe == "current" and (odd := self.model_fields_set & {"history", "margin", "amax"}):
-            raise ValueError(f"{sorted(odd)[0]} goes with recipe: delayed; recipe: current looks at no earlier step")
+        fields = type(self).model_fields
+        odd = [n for n in ("amax", "history", "margin") if getattr(self, n) != fields[n].default]
+        if self.recipe == "current" and odd:
+            raise ValueError(f"{odd[0]} goes with recipe: delayed; recipe: current looks at no earlier step")
         return self
 
     def rewrite(self, program: Program) -> None:

@@ -100,11 +100,13 @@ def alone(name: str) -> Program:
 
 @pytest.mark.parametrize("second", PASSES)
 @pytest.mark.parametrize("first", PASSES)
-def test_passes_follow_each_other_in_any_order(first: str, second: str) -> None:
+def test_passes_follow_each_other_in_any_order_or_say_which_is_right(first: str, second: str) -> None:
     what = alone(first)
     try:
         what = applied(instance(second, what), what)
     except PassError as problem:
+        if f"{second}: put it before {first}" in str(problem):
+            return
         kinds = [discover()[n] for n in (first, second)]  # the same method, or a kind of it
         assert (issubclass(*kinds) or issubclass(*kinds[::-1])) and "already" in str(problem), problem
         return
