@@ -33,6 +33,10 @@ def named_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
     return dict(zip(names, values, strict=False))
 
 
+class SymbolLostError(Exception):
+    """A size that is a symbol in one tensor is a number in another: the model turned it into one."""
+
+
 class Objective(nn.Module):
     """``forward(batch) -> (loss_sum, count)``.
 
@@ -100,7 +104,9 @@ class Objective(nn.Module):
 
     def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if logits.dim() != labels.dim() + 1 or differ(tuple(labels.shape), tuple(logits.shape[:-1])):
-            raise TraceError(
+            symbols = any(not isinstance(n, int) for n in (*labels.shape, *logits.shape))
+            kind = SymbolLostError if symbols else TraceError  # with sizes as numbers they may fit
+            raise kind(
                 f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; pass loss="
             )
         if self.shifts(labels):

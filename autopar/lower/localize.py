@@ -16,6 +16,7 @@ from autopar.ir.ops import operands
 from autopar.lower import collectives
 from autopar.plan.plan import Choice
 from autopar.sharding.call import arguments
+from autopar.sharding.part import substitute
 from autopar.sharding.placement import P, Placement, R, parse
 from autopar.sharding.redistribute import grad_placement, wanted
 from autopar.sharding.rule import addends, local_args
@@ -293,14 +294,3 @@ def special_call(
         options = (bound["ignore_index"], bound["softcap"], GROUP)
         return collectives.vocabulary_linear_cross_entropy, (*tensors, *options), {}
     raise AssertionError(f"{node.name}: no emitted function for {strategy.special}")
-
-
-def substitute(value: Any, queue: Any) -> Any:
-    """``value`` with its nodes, in the order of `operands`, replaced by the next ones of ``queue``."""
-    if isinstance(value, fx.Node):
-        return next(queue)
-    if isinstance(value, (list, tuple)):
-        return type(value)(substitute(v, queue) for v in value)
-    if isinstance(value, dict):
-        return {k: substitute(v, queue) for k, v in value.items()}
-    return value

@@ -10,13 +10,13 @@ from torch import fx
 
 from autopar import kernels  # noqa: F401 (registers the operator)
 from autopar.ir.hoist import placeholder
-from autopar.ir.ops import Attention, view
+from autopar.ir.ops import Attention
 from autopar.ir.program import OUTER, Program
 from autopar.ir.rewrite import Numerics, Pass
 from autopar.ir.unread import sweep
 from passes.attention.fused import Maker
 from passes.attention.masks import Mask, recognized
-from passes.attention.sdpa_attention import to_sdpa
+from passes.attention.sdpa_attention import each_attention, to_sdpa
 from passes.attention.written import UnlikeError
 
 aten = torch.ops.aten
@@ -35,15 +35,7 @@ class FlashAttention(Pass):
 
     def rewrite(self, program: Program) -> None:
         to_sdpa(program, self.name, capped=lambda name, mask, heads: described(program, name, mask, heads))
-        for name, graph in program.graphs():
-            for node in list(graph.nodes):
-                seen = view(node)
-                if isinstance(seen, Attention) and node.target is aten.scaled_dot_product_attention.default:
-                    try:
-                        replace(program, name, graph, seen)
-                    except UnlikeError as why:
-                        place = ".".join(filter(None, (name, node.meta.get("path", ""))))
-                        program.history.append(f"{self.name}: attention in {place} takes another kernel: {why}")
+        each_attention(program, replace, self.name, "takes another kernel")
         sweep(program)
 
 

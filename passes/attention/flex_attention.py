@@ -9,7 +9,7 @@ from torch import fx
 
 from autopar import kernels  # noqa: F401 (registers the operator)
 from autopar.ir.hoist import placeholder
-from autopar.ir.ops import Attention, view
+from autopar.ir.ops import Attention
 from autopar.ir.program import OUTER, Program
 from autopar.ir.rewrite import Numerics, Pass
 from autopar.ir.unread import sweep
@@ -17,7 +17,7 @@ from passes.attention.flash_attention import described, sources, words
 from passes.attention.fused import Maker
 from passes.attention.masks import Mask
 from passes.attention.rows import Rows, of_batch
-from passes.attention.sdpa_attention import to_sdpa
+from passes.attention.sdpa_attention import each_attention, to_sdpa
 from passes.attention.written import UnlikeError
 
 aten = torch.ops.aten
@@ -38,15 +38,7 @@ class FlexAttention(Pass):
 
     def rewrite(self, program: Program) -> None:
         to_sdpa(program, self.name, capped=lambda _name, mask, _heads: readable(mask))
-        for name, graph in program.graphs():
-            for node in list(graph.nodes):
-                seen = view(node)
-                if isinstance(seen, Attention) and node.target is aten.scaled_dot_product_attention.default:
-                    try:
-                        replace(program, name, graph, seen)
-                    except UnlikeError as why:
-                        place = ".".join(filter(None, (name, node.meta.get("path", ""))))
-                        program.history.append(f"{self.name}: attention in {place} stays torch's operator: {why}")
+        each_attention(program, replace, self.name, "stays torch's operator")
         sweep(program)
 
 

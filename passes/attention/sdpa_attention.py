@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from autopar.ir.causal import causal_masks
+from autopar.ir.ops import Attention, view
 from autopar.ir.program import Program
 from autopar.ir.rewrite import Numerics, Pass
 from autopar.ir.unread import sweep
 from passes.attention.einsum import products_of_einsums
 from passes.attention.fused import fuse
 from passes.attention.written import SOFTMAX, UnlikeError, read
+
+aten = torch.ops.aten
 
 
 class SdpaAttention(Pass):
@@ -64,3 +68,19 @@ def replace(
     except UnlikeError as why:
         place = ".".join(filter(None, (name, softmax.meta.get("path", ""))))
         program.history.append(f"{who}: attention in {place} is left as written: {why}")
+
+
+def each_attention(
+    program: Program, replace: Callable[[Program, str, fx.Graph, Attention], None], who: str, stays: str
+) -> None:
+    """Put something in the place of every attention operator; where ``replace`` raises `UnlikeError`, the history of pass
+    ``who`` says what ``stays`` there, and why."""
+    for name, graph in program.graphs():
+        for node in list(graph.nodes):
+            seen = view(node)
+            if isinstance(seen, Attention) and node.target is aten.scaled_dot_product_attention.default:
+                try:
+                    replace(program, name, graph, seen)
+                except UnlikeError as why:
+                    place = ".".join(filter(None, (name, node.meta.get("path", ""))))
+                    program.history.append(f"{who}: attention in {place} {stays}: {why}")

@@ -21,6 +21,7 @@ CURRENT = torch.ops.autopar.fp8_linear.default
 DELAYED = torch.ops.autopar.fp8_linear_delayed.default
 STEP = 16  # widths that the hardware's 8-bit products take are multiples of this
 STATE = "fp8_state"
+HISTORY = 1024  # steps: Transformer Engine's amax_history_len
 
 
 class Fp8(Pass):
@@ -46,14 +47,13 @@ class Fp8(Pass):
 
     recipe: Literal["current", "delayed"] = "current"
     targets: tuple[str, ...] = ()
-    history: int = pydantic.Field(1024, ge=1)
-    margin: float = 0
-    amax: Literal["max", "most_recent"] = "max"
+    history: int | None = pydantic.Field(None, ge=1)  # delayed: 1024
+    margin: float | None = None  # delayed: 0
+    amax: Literal["max", "most_recent"] | None = None  # delayed: max
 
     @pydantic.model_validator(mode="after")
     def goes_with_the_recipe(self) -> Fp8:
-        fields = type(self).model_fields
-        odd = [n for n in ("amax", "history", "margin") if getattr(self, n) != fields[n].default]
+        odd = [n for n in ("amax", "history", "margin") if getattr(self, n) is not None]
         if self.recipe == "current" and odd:
             raise ValueError(f"{odd[0]} goes with recipe: delayed; recipe: current looks at no earlier step")
         return self
@@ -79,10 +79,12 @@ class Fp8(Pass):
 
     def state(self, program: Program, layer: Layer) -> fx.Node:
         """What a layer carries from step to step."""
-        options = (("margin", float(self.margin)), ("latest", self.amax == "most_recent"))
+        options = (("margin", float(self.margin or 0)), ("latest", self.amax == "most_recent"))
         name = f"{layer.path}.{STATE}"
         advance = Advance("autopar::fp8_advance_", options)
-        return add_state(program, layer.graph, name, state_shape(self.history), Initial("constant", 0.0), advance)
+        return add_state(
+            program, layer.graph, name, state_shape(self.history or HISTORY), Initial("constant", 0.0), advance
+        )
 
 
 def in_8_bits(layer: Layer) -> bool:
