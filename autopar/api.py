@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,14 @@ def trace(model: nn.Module, batch: Any, *, loss: Loss | None = None, full: bool 
     from autopar.ir.trace import trace as run
     from autopar.models.hosted_experts import experts_routed
 
-    with experts_routed(model):
-        return run(model, batch, loss=loss, full=full)
+    def routed(make: Callable[[], Program]) -> Program:
+        with experts_routed(model):
+            program = make()
+        if (again := program.respecialize) is not None:  # a trace for other sizes is made in the same way
+            program.respecialize = lambda of, sizes: routed(lambda: again(of, sizes))
+        return program
+
+    return routed(lambda: run(model, batch, loss=loss, full=full))
 
 
 def rewrite(program: Program, passes: Passes = ()) -> Program:

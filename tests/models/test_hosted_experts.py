@@ -73,3 +73,23 @@ def test_plain_experts_are_one_operator(kind: str) -> None:
 def test_experts_with_biases_and_a_gate_of_their_own_stay_transformers() -> None:
     found = operators(autopar.trace(model_of("gpt_oss"), batch_of()))
     assert "autopar.routed_experts.default" not in found and "aten.bmm.default" in found
+
+
+class FixedSizes(torch.nn.Module):
+    """A mixture that asks for the length as a number, so that every size is traced on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model_of("mixtral")
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        places = torch.tensor([list(range(input_ids.shape[1]))])
+        return self.inner(input_ids=input_ids, position_ids=places.to(input_ids.device)).logits
+
+
+def test_experts_are_one_operator_at_every_size_that_is_traced_on_its_own() -> None:
+    program = autopar.trace(FixedSizes(), batch_of())
+    assert not program.sizes, "it has no symbols"
+    for sequences, length in ((2, 8), (4, 16)):
+        other = program.at(batch=sequences, length=length)
+        assert "autopar.routed_experts.default" in operators(other)
