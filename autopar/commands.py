@@ -202,6 +202,8 @@ def verify(args: argparse.Namespace, out: TextIO) -> int:
         for part in ("loss", "gradient", "parameter"):
             out.write(f"  {part + ' error':<16} {proof[part + '_error']:.3g}\n")
         out.write(f"  worst            {proof['worst']}\n")
+        if "note" in proof:
+            out.write(f"  {proof['note']}\n")
     return cli.EXIT_DONE if proof["equal"] else cli.EXIT_FAULT
 
 

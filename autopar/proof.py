@@ -23,7 +23,6 @@ from autopar.spec.job import Batch, Job, Optimizer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from autopar.cluster.cluster import Cluster
     from autopar.ir.program import Program
     from autopar.plan.plan import Plan, PlanDocument
 
@@ -70,8 +69,8 @@ def prove(job: Job, ranks: int | None = None, *, shrink: bool = True) -> dict[st
     if spread != job.pins:
         try:
             return prove_module(model, batch, job.model_copy(update={"pins": spread}))
-        except PlanError:  # a model that no pipeline can be cut from, or that the batch is no multiple for
-            pass
+        except PlanError as why:  # a model that no pipeline can be cut from, or that the batch is no multiple for
+            return prove_module(model, batch, job) | {"note": f"not proved on every group of hosts: {why}"}
     return prove_module(model, batch, job)
 
 

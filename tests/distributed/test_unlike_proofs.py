@@ -38,6 +38,12 @@ def test_a_plan_on_unlike_hosts_equals_one_process(cluster: dict, ranks: int, pi
     assert blocks["dgx-h100 here"] > blocks["dgx-a100 here"]
 
 
+def test_a_proof_that_cannot_stand_on_every_group_says_so() -> None:
+    one_block = {"family": "llama", "layers": 1, "hidden": 64, "ffn": 128, "heads": 4, "vocab": 256, "tied": False}
+    found = prove(job(UNEVEN, model=one_block), 3, shrink=False)
+    assert found["equal"] and "not proved on every group of hosts" in found["note"]
+
+
 def test_the_processes_of_a_proof_are_shared_out_as_the_devices_are() -> None:
     local = Cluster.load(local_cluster(job(UNEVEN), 3))
     assert [g.devices for g in local.groups] == [2, 1]
